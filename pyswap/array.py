@@ -36,15 +36,13 @@ PIN_PIECE_BYTES = 4 << 20
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
-# Every method of ndarray that may answer with fresh memory, and `ravel` and `reshape`, which
-# answer with a view or with a copy. Those left out answer with views, scalars or lists, or
-# work in place. A name that this NumPy does not have is passed over.
+# The methods of ndarray whose result NumPy makes of our class even in fresh memory, but for
+# those that ask `__array_wrap__`. `ravel`, `reshape` and `astype` answer with a view or a copy.
 # fmt: off
 _METHODS = (
-    "__copy__", "__deepcopy__", "all", "any", "argmax", "argmin", "argpartition", "argsort",
-    "astype", "byteswap", "choose", "clip", "compress", "conj", "conjugate", "copy", "cumprod",
-    "cumsum", "dot", "flatten", "max", "mean", "min", "nonzero", "prod", "ptp", "ravel",
-    "repeat", "reshape", "round", "searchsorted", "std", "sum", "take", "trace", "var",
+    "__copy__", "__deepcopy__", "argmax", "argmin", "argpartition", "argsort", "astype",
+    "byteswap", "choose", "compress", "copy", "dot", "flatten", "ravel", "repeat", "reshape",
+    "take",
 )
 # fmt: on
 
@@ -204,7 +202,7 @@ def _is_paged(a: _Array) -> bool:
     while base is not None:
         # A view of a PagedArray needs no look at its address, which for an empty view (`a[n:]`)
         # may be one past the region's end.
-        if type(base) is PagedArray:
+        if isinstance(base, PagedArray):
             return True
         if not isinstance(base, np.ndarray):
             break
@@ -221,10 +219,12 @@ def _pool_of(a: PagedArray) -> Pool:
 
 
 def _wrap(array: Any, return_scalar: bool) -> Any:
-    """Hand over a ufunc's result: `array` itself, or its scalar where NumPy wants one."""
-    if return_scalar and type(array) is np.ndarray and array.ndim == 0:
-        return array[()]
-    return array
+    """Hand over a ufunc's result, or the scalar in it where NumPy wants one, or a view."""
+    # A few methods (`squeeze`) make a plain view and ask here for its class.
+    settled = _settle(array)
+    if return_scalar and type(settled) is np.ndarray and settled.ndim == 0:
+        return settled[()]
+    return settled
 
 
 def _as_plain(copied: _PlainCopy) -> _Array:
@@ -301,8 +301,7 @@ def _attribute_on_plain(name: str) -> property:
 
 
 for _name in _METHODS:
-    if hasattr(np.ndarray, _name):
-        setattr(PagedArray, _name, _on_plain(_name))
+    setattr(PagedArray, _name, _on_plain(_name))
 for _name in _ATTRIBUTES:
     setattr(PagedArray, _name, _attribute_on_plain(_name))
 
