@@ -23,7 +23,7 @@ from typing import SupportsFloat, SupportsIndex
 
 import psutil
 
-from pyswap.sizes import ADDRESS_SPACE_BYTES, format_size, parse_size
+from pyswap.sizes import ADDRESS_SPACE_BYTES, format_size, is_bool, parse_size
 
 __all__ = ["Settings", "available_memory", "is_tmpfs", "resolve"]
 
@@ -270,8 +270,7 @@ def _check_name(name: object) -> str:
 
 def _check_overcommit(overcommit: object) -> bool:
     """Take a bool, NumPy's bool, 0 or 1; but no text, for "no" would count as true."""
-    of_numpy = getattr(getattr(overcommit, "dtype", None), "kind", "") == "b"
-    if isinstance(overcommit, bool) or (of_numpy and getattr(overcommit, "shape", None) == ()):
+    if is_bool(overcommit):
         return bool(overcommit)
     try:
         number = operator.index(overcommit)  # type: ignore[arg-type]

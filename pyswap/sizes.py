@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 from typing import SupportsIndex
 
-__all__ = ["ADDRESS_SPACE_BYTES", "format_size", "parse_size"]
+__all__ = ["ADDRESS_SPACE_BYTES", "format_size", "is_bool", "parse_size"]
 
 ADDRESS_SPACE_BYTES = 1 << 47
 """What one process can address (x86-64 and aarch64, 4-level page tables)."""
@@ -88,8 +88,14 @@ def format_size(size_bytes: int) -> str:
     return f"{number:.1f} {_LETTERS[power].upper()}iB"
 
 
+def is_bool(value: object) -> bool:
+    """Tell whether `value` is Python's or NumPy's truth value, which count as integers too."""
+    of_numpy = getattr(getattr(value, "dtype", None), "kind", "") == "b"
+    return isinstance(value, bool) or (of_numpy and getattr(value, "shape", None) == ())
+
+
 def _parse_integer(value: object, what: str) -> int:
-    if not isinstance(value, bool):
+    if not is_bool(value):
         try:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
