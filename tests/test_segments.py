@@ -407,10 +407,13 @@ def test_is_the_swap_file_nameless_reserved_and_as_direct_as_said(
 @pytest.mark.user
 def test_is_giving_the_swap_file_a_name_later_refused(tmp_path: Path) -> None:
     fd, _ = open_swap(swap_settings(tmp_path))
-    with closing(fd), closing(os.open(tmp_path, os.O_RDONLY)) as folder:
-        # Only with a folder's descriptor does Python call linkat, which follows the link.
-        with pytest.raises(FileNotFoundError):
-            os.link(f"/proc/self/fd/{fd}", "swap", dst_dir_fd=folder, follow_symlinks=True)
+    # Only with a folder's descriptor does Python call linkat, which follows the link.
+    with (
+        closing(fd),
+        closing(os.open(tmp_path, os.O_RDONLY)) as folder,
+        pytest.raises(FileNotFoundError),
+    ):
+        os.link(f"/proc/self/fd/{fd}", "swap", dst_dir_fd=folder, follow_symlinks=True)
     assert os.listdir(tmp_path) == []
 
 
