@@ -94,16 +94,14 @@ def resolve(
     Parameters
     ----------
     memory : int, str or float
-        The budget: bytes, a size with a unit, or a fraction in (0, 1] of `available_memory()`.
-        Rounded down to whole pages.
+        The budget: bytes, or a fraction in (0, 1] of `available_memory()`; whole pages of it.
     swap : int or str, optional
-        Bytes of swap, rounded up to whole pages. Four times the budget by default; 0 for none.
+        Bytes, rounded up to whole pages. Four times the budget by default; 0 for none.
     swap_path : path, optional
         A folder, or a file that does not exist yet. By default ``$PYSWAP_DIR``, else the
         temporary folder, or /var/tmp where that one is on a tmpfs.
     page_size : int or str, optional
-        A power of two from 4 KiB to 2 MiB. By default 64 KiB, or as much less as it takes for
-        the budget to have 128 frames.
+        A power of two from 4 KiB to 2 MiB; by default 64 KiB, or less, to have 128 frames.
     name : str, optional
         1 to 64 letters, digits, dots, underscores and hyphens. Made up by default.
     overcommit : bool, optional
@@ -123,13 +121,10 @@ def resolve(
         RAM or a cgroup's limit or has less than 128 frames, `swap_path` is a symbolic link or a
         special file, or `name` has other characters.
     FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError
-        If `swap_path` names an existing file, a place that is missing, or one where this user
-        may not make files.
+        If `swap_path` exists as a file, is missing, or this user may not make files there.
     OSError
         With errno ENOSPC, if the disk has less room than `swap`.
     """
-    checked_name = _check_name(name)
-    checked_overcommit = _check_overcommit(overcommit)
     budget_bytes = _check_memory(memory)
     page_bytes = _check_page_size(page_size, budget_bytes)
     frame_count = _check_frame_count(budget_bytes, page_bytes)
@@ -144,8 +139,8 @@ def resolve(
         slot_count=swap_bytes // page_bytes,
         swap_path=path,
         swap_is_file=is_file,
-        name=checked_name,
-        overcommit=checked_overcommit,
+        name=_check_name(name),
+        overcommit=_check_overcommit(overcommit),
     )
 
 
