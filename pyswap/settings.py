@@ -94,9 +94,9 @@ def resolve(
     Parameters
     ----------
     memory : int, str or float
-        The budget: bytes, or a fraction in (0, 1] of `available_memory()`; whole pages of it.
+        The budget: a size, or a fraction in (0, 1] of `available_memory()`; rounded down.
     swap : int or str, optional
-        Bytes, rounded up to whole pages. Four times the budget by default; 0 for none.
+        A size, rounded up to whole pages. Four times the budget by default; 0 for none.
     swap_path : path, optional
         A folder, or a file that does not exist yet. By default ``$PYSWAP_DIR``, else the
         temporary folder, or /var/tmp where that one is on a tmpfs.
@@ -117,13 +117,11 @@ def resolve(
     TypeError
         If an argument is of a wrong type.
     ValueError
-        If a size is negative, unreadable or out of its bounds, the budget is over the machine's
-        RAM or a cgroup's limit or has less than 128 frames, `swap_path` is a symbolic link or a
-        special file, or `name` has other characters.
-    FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError
-        If `swap_path` exists as a file, is missing, or this user may not make files there.
+        If a size is out of its bounds, the budget over RAM or a cgroup's limit, `swap_path` a
+        symbolic link or special file, or `name` has other characters.
     OSError
-        With errno ENOSPC, if the disk has less room than `swap`.
+        With its subclasses, if `swap_path` exists as a file, is missing, or this user may not
+        make files there; with errno ENOSPC, if the disk has less room than `swap`.
     """
     budget_bytes = _check_memory(memory)
     page_bytes = _check_page_size(page_size, budget_bytes)
