@@ -1,4 +1,4 @@
-"""What every test gets: a pool, a seed, what the machine must offer, and a look at what is left behind.
+"""What every test gets: a pool, a seed, what the machine must offer, a look at what is left.
 
 Environment
 -----------
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -91,7 +92,7 @@ def _missing_uffd() -> str | None:
 
 
 def memcg_candidates() -> Iterator[tuple[Path, str]]:
-    """Control groups under which a test may make its own, each with its memory limit's file name."""
+    """Control groups to make one's own in, each with the name of its memory limit's file."""
     own = dict(
         line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()
     )
@@ -360,12 +361,18 @@ def pytest_runtest_makereport(
     report = yield
     if report.when == "call":
         item.stash[CALL_FAILED] = report.failed
+        item.config.stash[CALL_FAILED] = report.failed
     return report
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compare fds, threads, processes, names, mappings and sockets after every test."""
+    if request.config.stash.get(CALL_FAILED, False):
+        # What a failed test's frames held ends now, and no warning about it is this test's.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
     before = snapshot()
     yield
     # pytest keeps the values of a test's fixtures until later; they may be arrays.
