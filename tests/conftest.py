@@ -372,6 +372,8 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         # What a failed test's frames held ends now, and no warning about it is this test's.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+                vars(sys).pop(name, None)
             gc.collect()
     before = snapshot()
     yield
