@@ -1,0 +1,101 @@
+"""What one swapper process knows of its pool: where the tables are mapped, its descriptors, its leaf locks.
+
+Everything here can be rebuilt from the control segment and the workers' descriptors; nothing else is private.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyswap.core.layout cimport (
+    frame_id,
+    frame_t,
+    header_t,
+    object_id,
+    object_t,
+    region_id,
+    region_t,
+    slot_t,
+    worker_t,
+)
+from pyswap.core.lock cimport add64, mutex_t
+
+cdef enum:
+    STREAMS = 8                 # access streams followed in one region
+    REQUESTS = 1024             # readahead requests that may wait
+
+cdef struct stream_t:
+    int64_t last                # page index of the latest fault that belonged to it
+    int64_t stride              # pages; 0 while there is one fault only
+    int64_t ahead               # index up to which (exclusive, in stride's direction) was asked for
+    uint32_t confirmed          # faults that kept to the stride
+    uint32_t window             # steps kept ahead
+    uint64_t used               # detector time, for replacement
+    uint32_t generation         # a request that comes back short names the stream it was for
+
+cdef struct detector_t:
+    mutex_t lock
+    uint64_t time
+    stream_t streams[8]
+
+cdef struct request_t:
+    object_id object
+    uint32_t generation         # of the object
+    int64_t first               # page index
+    int64_t stride
+    uint32_t count
+    region_id region            # whose stream to tell when frames ran out; REGION_NONE: nobody's
+    uint32_t stream
+    uint32_t stream_generation
+
+cdef struct attached_t:         # the swapper's own side of one worker
+    mutex_t lock                # guards the three below
+    uint32_t count
+    uint32_t capacity
+    region_id *regions          # sorted by address
+    int uffd
+    int channel                 # to its attendant
+
+cdef struct pool_t:
+    header_t *header
+    frame_t *frames
+    worker_t *workers
+    region_t *regions
+    object_t *objects
+    slot_t *slots
+    uint64_t *pages             # the page table
+    uint8_t *store              # this process's alias of the whole page store
+    uint64_t page_bytes
+    uint32_t page_shift
+    int control_fd
+    int store_fd
+    int swap_fd
+    int poll_fd
+    uint32_t stop
+    uint32_t pressed            # reclaim is between its watermarks
+
+    mutex_t free_lock           # guards the two below
+    uint32_t free_count
+    frame_id *free_list         # a hint: the words in the frame table are the truth
+    uint32_t hand               # reclaim's place in the frame table
+
+    mutex_t cold_lock           # guards the three below
+    uint32_t cold_head
+    uint32_t cold_tail
+    frame_id *cold              # frames to be evicted first: a ring of frame_count
+
+    mutex_t slots_lock          # guards the rest of this group
+    uint64_t slot_cursor
+    uint16_t *chunk_used        # slots in use of each chunk
+    uint8_t *chunk_ready        # its records have memory
+
+    mutex_t requests_lock       # guards the three below
+    uint32_t requests_head
+    uint32_t requests_tail
+    request_t requests[1024]
+    uint32_t requests_sequence  # futex
+
+    attached_t attached[256]
+    detector_t **detectors      # by region id
+    region_id **mapped          # by object id: its region in each worker
+
+
+cdef inline void count(pool_t *pool, int which, uint64_t n) noexcept nogil:
+    add64(&pool.header.counters[which], n)

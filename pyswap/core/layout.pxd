@@ -1,0 +1,213 @@
+"""The records in the control segment and the law they live under.  Read first.
+
+The lock tree, outermost first (a step upwards, or sideways to a second frame, is a trylock):
+
+    worker.lock                 one worker's list of regions; memory only, never across a system call
+      frame (LOCKED)            one page: its bytes, descriptor, mappings; the only lock held
+                                across I/O, a blocking system call or a wait
+        free.lock  slots.lock  readahead.lock  stream.lock      leaves
+
+Rules, cited by number in the code:
+
+ R1  A frame's state changes only through frame_set_<state>(), which asserts the predecessor.
+ R2  An ioctl on an address is issued only under the lock of the frame that this address maps, while the
+     region is held (region_hold), so that neither the page nor the mapping can become another.
+ R3  DIRTY is set before a page becomes writable anywhere, and the mapper is noted before it is mapped.
+     DIRTY clear implies: no writable mapping in any process, and the slot holds the bytes or they are zero.
+ R4  Nobody waits for a frame, or for a frame's lock, while holding another lock.  Readahead waits for none.
+ R5  A page leaves memory in this order: clean, EVICTING, punch, page table entry, FREE.  Punching after the
+     entry had changed would punch the next fill away.
+ R6  A slot is freed only under the lock of its page's frame, or by who wins the compare-and-swap that
+     takes it out of the page table entry.
+ R7  A fill belongs to an object: after its frame is in the page table it asks once more whether the object
+     lives, and undoes itself if not; the sweep of a dying object starts after the death is visible.
+ R8  Nothing in core/ touches a Python object or the GIL.
+ R9  Bytes of the store are made only by fallocate, under the lock of the page's frame in FILLING.
+
+The frame's states, and what is true in each:
+
+    FREE ──claim──▶ FILLING ──▶ PRESENT ◀──▶ WRITEBACK
+     ▲                │  │         │
+     │◀────undo───────┘  ▼         ▼
+     └────────────── OFFLINE    EVICTING ──▶ FREE
+
+    FREE       in no page table entry; the free list may or may not know it
+    FILLING    locked by the filler; page, object and previous slot are in the descriptor
+    PRESENT    the entry of `page` names this frame; the store holds its bytes
+    WRITEBACK  as PRESENT; the bytes are being written to a reserved slot; not evictable; a write
+               sets REDIRTIED, which discards that slot
+    EVICTING   locked by the evictor; clean, unpinned; about to be punched
+    OFFLINE    the store could get no memory for it; a frame less until memory is found again
+
+Conservation, checked whenever a test ends:
+    free + filling + present + writeback + evicting + offline == frame_count
+"""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+ctypedef uint32_t frame_id
+ctypedef uint32_t slot_id
+ctypedef uint64_t page_id
+ctypedef uint32_t object_id
+ctypedef uint32_t region_id
+ctypedef uint32_t worker_id
+
+cdef enum:
+    LAYOUT_VERSION = 1
+    MAX_WORKERS = 256           # processes attached at once; a frame's mapper set has a bit for each
+    WORKER_WORDS = 4            # 64-bit words of such a set
+    MAX_OBJECTS = 65536
+    MAX_REGIONS = 262144
+    MAX_BATCH_PAGES = 256       # one write, one readahead request, one sweep
+    MAX_AROUND_PAGES = 64       # one fault-around
+    NAME_BYTES = 72
+    EXTENT_ALIGN_PAGES = 512    # page table entries of two objects never share a kernel page
+    SLOT_CHUNK = 256            # slots whose records fill one kernel page of the swap map
+    COUNTERS = 32
+    STATES = 8
+    FAILPOINTS = 32
+
+cdef enum:
+    SLOT_NONE = 0xFFFFFFFF
+    FRAME_NONE = 0xFFFFFFFF
+    REGION_NONE = 0xFFFFFFFF
+
+# Indices of header_t.counters.
+cdef enum:
+    C_MINOR_FAULTS
+    C_MAJOR_FAULTS
+    C_WRITE_FAULTS
+    C_ZERO_FILLS
+    C_FILL_WAITS
+    C_FRAME_WAITS
+    C_SLOT_READS
+    C_SLOT_WRITES
+    C_READ_CALLS
+    C_WRITE_CALLS
+    C_CLEAN_DROPS
+    C_ZERO_DROPS
+    C_WRITE_AHEAD
+    C_READAHEAD_PAGES
+    C_READAHEAD_HITS
+    C_EVICTIONS
+    C_REDIRTIED
+    C_SLOT_STEALS
+    C_READ_ERRORS
+    C_WRITE_ERRORS
+    C_POISONED
+
+# The frame's states.
+cdef enum:
+    FREE = 0
+    FILLING = 1
+    PRESENT = 2
+    WRITEBACK = 3
+    EVICTING = 4
+    OFFLINE = 5
+
+# A region's advice.
+cdef enum:
+    ADVICE_NORMAL = 0
+    ADVICE_SEQUENTIAL = 1
+    ADVICE_RANDOM = 2
+
+# What to do at a failpoint, in the debug build.
+cdef enum:
+    FAIL_OFF = 0
+    FAIL_PARK = 1
+    FAIL_ERRNO = 2
+    FAIL_KILL = 3
+    FAIL_STOP = 4
+
+
+cdef struct failpoint_t:
+    uint32_t action             # FAIL_*; written last when arming
+    uint32_t value              # the errno of FAIL_ERRNO
+    uint32_t skip               # visits to let pass first
+    uint32_t parked             # threads parked here now
+    uint32_t ticket             # bumped to let every parked thread go
+    uint32_t limit              # visits to act on; then the point disarms itself
+    uint32_t hits
+    uint32_t pad
+
+cdef struct frame_t:
+    uint64_t word               # see frame.pxd; changed by compare-and-swap only
+    # Guarded by LOCKED in word:
+    page_id page
+    object_id object
+    slot_id slot                # where the same bytes are in swap; SLOT_NONE: nowhere
+    uint32_t pins
+    uint32_t writable_pins
+    # Changed by atomic or; cleared under LOCKED:
+    uint64_t mappers[4]         # workers that may map the page: a superset
+    uint64_t waiters[4]         # workers whose faults wait for LOCKED to end
+    uint64_t pad[4]
+
+cdef struct slot_t:
+    uint64_t word               # see swapmap.pxd
+    uint64_t checksum           # of the bytes; 0 until slots carry one
+
+cdef struct object_t:
+    uint64_t word               # see region.pxd: generation, life
+    page_id base
+    uint64_t pages
+    uint64_t size_bytes
+    uint32_t regions            # processes that map it, and fork preparations
+    uint32_t pad
+    char name[72]
+    uint64_t pad2[2]
+
+cdef struct region_t:
+    uint64_t word               # see region.pxd: generation, dying, users
+    uint64_t address
+    uint64_t pages
+    page_id base
+    object_id object
+    worker_id worker
+    uint32_t advice
+    uint32_t object_generation
+    uint64_t pad2[2]
+
+cdef struct worker_t:
+    uint64_t word               # as a region's
+    uint32_t pid
+    uint32_t pad
+    uint64_t pad2[6]
+
+cdef struct header_t:
+    uint64_t magic
+    uint32_t version
+    uint32_t page_bytes
+    uint64_t frame_count
+    uint64_t slot_count
+    uint64_t page_count         # page ids there are; the store is this many pages long
+    uint64_t offset_frames      # bytes from the start of the segment, as all offsets here
+    uint64_t offset_workers
+    uint64_t offset_regions
+    uint64_t offset_objects
+    uint64_t offset_slots
+    uint64_t offset_pages
+    uint64_t size_bytes
+    # Watermarks of free frames: readahead stops at `minimum`, reclaim starts at `low`, ends at `high`.
+    uint32_t minimum_frames
+    uint32_t low_frames
+    uint32_t high_frames
+    uint32_t batch_pages        # a reclaim batch
+    uint32_t window_pages       # the most that readahead keeps ahead of one stream
+    uint32_t chunk_pages        # one readahead request
+    uint32_t around_pages       # a fault-around
+    uint32_t frame_wait_ms      # a fault that found no frame for so long fails
+    uint32_t swapper_pid
+    uint32_t swapper_generation
+    uint32_t ended              # the swapper is ending in good order
+    uint32_t closed             # no new arrays
+    uint64_t committed_pages
+    uint64_t commit_limit_pages
+    # Changed by atomic addition:
+    int64_t state_count[8]
+    int64_t dirty_count
+    int64_t slots_used
+    int64_t pinned_count
+    uint32_t free_sequence      # futex: bumped when frames become free
+    uint32_t reclaim_sequence   # futex: bumped when frames run low
+    uint64_t counters[32]
+    failpoint_t failpoints[32]

@@ -1,0 +1,182 @@
+"""Words that threads share: atomics, futex waits, the leaf mutex, failpoints and panic.
+
+Every wait here is bounded or has a waker that cannot die alone: the threads of one swapper live and end together.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from pyswap.core.layout cimport (
+    FAIL_ERRNO,
+    FAIL_KILL,
+    FAIL_OFF,
+    FAIL_PARK,
+    FAIL_STOP,
+    failpoint_t,
+    header_t,
+)
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <linux/futex.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static inline uint64_t load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline int cas64(uint64_t *p, uint64_t old, uint64_t new_)
+    { return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
+    static inline int cas32(uint32_t *p, uint32_t old, uint32_t new_)
+    { return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
+    static inline uint64_t swap64(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint32_t swap32(uint32_t *p, uint32_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t or64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t add64(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+    static inline uint32_t add32(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+    static inline int64_t addi64(int64_t *p, int64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+    static inline int64_t loadi64(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static inline void cpu_relax(void) {
+    #if defined(__x86_64__)
+        __builtin_ia32_pause();
+    #else
+        __asm__ __volatile__("" ::: "memory");
+    #endif
+    }
+
+    /* Sleeps while *p == value, at most timeout_ns.  tv_nsec of 10^9 would be EINVAL: a wait that spins. */
+    static inline int futex_wait(uint32_t *p, uint32_t value, uint64_t timeout_ns) {
+        struct timespec ts = { (time_t)(timeout_ns / 1000000000u), (long)(timeout_ns % 1000000000u) };
+        if (syscall(SYS_futex, p, FUTEX_WAIT, value, &ts, NULL, 0) == 0) return 0;
+        return -errno;
+    }
+    static inline void futex_wake(uint32_t *p, int n) { syscall(SYS_futex, p, FUTEX_WAKE, n, NULL, NULL, 0); }
+    static inline uint32_t *low_half(uint64_t *p) {
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        return (uint32_t *)p;
+    #else
+        return (uint32_t *)p + 1;
+    #endif
+    }
+    static inline uint64_t now_ns(void) {
+        struct timespec ts;
+        clock_gettime(CLOCK_MONOTONIC, &ts);
+        return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+    }
+
+    /* A broken invariant: say which record it was and stop before it spreads. */
+    static inline void panic(const char *what, uint64_t a, uint64_t b, uint64_t c) {
+        char line[256];
+        int n = snprintf(line, sizeof line, "pyswap: panic: %s (%#llx %#llx %#llx)\\n", what,
+                         (unsigned long long)a, (unsigned long long)b, (unsigned long long)c);
+        if (n > 0 && write(2, line, (size_t)n) < 0) { /* nowhere left to say it */ }
+        abort();
+    }
+
+    #ifdef PYSWAP_DEBUG
+    #define PYSWAP_DEBUG_BUILD 1
+    #else
+    #define PYSWAP_DEBUG_BUILD 0
+    #endif
+    """
+    uint64_t load64(const uint64_t *p) noexcept nogil
+    uint32_t load32(const uint32_t *p) noexcept nogil
+    void store64(uint64_t *p, uint64_t v) noexcept nogil
+    void store32(uint32_t *p, uint32_t v) noexcept nogil
+    bint cas64(uint64_t *p, uint64_t old, uint64_t new_) noexcept nogil
+    bint cas32(uint32_t *p, uint32_t old, uint32_t new_) noexcept nogil
+    uint64_t swap64(uint64_t *p, uint64_t v) noexcept nogil
+    uint32_t swap32(uint32_t *p, uint32_t v) noexcept nogil
+    uint64_t or64(uint64_t *p, uint64_t v) noexcept nogil
+    uint64_t add64(uint64_t *p, uint64_t v) noexcept nogil
+    uint32_t add32(uint32_t *p, uint32_t v) noexcept nogil
+    int64_t addi64(int64_t *p, int64_t v) noexcept nogil
+    int64_t loadi64(const int64_t *p) noexcept nogil
+    void cpu_relax() noexcept nogil
+    int futex_wait(uint32_t *p, uint32_t value, uint64_t timeout_ns) noexcept nogil
+    void futex_wake(uint32_t *p, int n) noexcept nogil
+    uint32_t *low_half(uint64_t *p) noexcept nogil
+    uint64_t now_ns() noexcept nogil
+    void panic(const char *what, uint64_t a, uint64_t b, uint64_t c) noexcept nogil
+    const bint PYSWAP_DEBUG_BUILD
+    int SIGKILL
+    int SIGSTOP
+    int raise_signal "raise"(int number) noexcept nogil
+
+ctypedef uint32_t mutex_t       # 0 free, 1 held, 2 held and somebody sleeps
+
+
+cdef inline void mutex_lock(mutex_t *m) noexcept nogil:
+    cdef int spin
+    for spin in range(100):
+        if cas32(m, 0, 1):
+            return
+        cpu_relax()
+    while swap32(m, 2) != 0:
+        futex_wait(m, 2, 100_000_000)
+
+
+cdef inline bint mutex_trylock(mutex_t *m) noexcept nogil:
+    return cas32(m, 0, 1)
+
+
+cdef inline void mutex_unlock(mutex_t *m) noexcept nogil:
+    if swap32(m, 0) == 2:
+        futex_wake(m, 1)
+
+
+# Failpoints: places where a test of the debug build can hold a thread, kill the process or make a
+# system call fail.  The release build compiles the body away.
+cdef enum failpoint:
+    FP_FILL_LOCKED          # a fill owns its frame and is in the page table; nothing read yet
+    FP_FILL_READ            # the read of a slot: errno
+    FP_MAP_BEFORE           # the frame is locked and about to be mapped
+    FP_CLEAN_PROTECTED      # a victim is write-protected, its bytes not yet written
+    FP_CLEAN_WRITTEN        # the batch is written, nothing published
+    FP_CLEAN_WRITE          # the write of a batch: errno
+    FP_EVICT_PUNCHED        # bytes are gone, the entry still names the frame
+    FP_EVICT_ENTRY          # the entry is changed, the frame not yet free
+    FP_FALLOCATE            # memory for a frame: errno
+
+
+cdef inline int failpoint_visit(header_t *header, int which) noexcept nogil:
+    """Return 0, or the negative errno the test asked for."""
+    cdef failpoint_t *f = &header.failpoints[which]
+    cdef uint32_t action, ticket
+    if not PYSWAP_DEBUG_BUILD:
+        return 0
+    action = load32(&f.action)
+    if action == FAIL_OFF:
+        return 0
+    # Skips are spent one visit at a time, then the limit.
+    while True:
+        ticket = load32(&f.skip)
+        if ticket == 0:
+            break
+        if cas32(&f.skip, ticket, ticket - 1):
+            return 0
+    while True:
+        ticket = load32(&f.limit)
+        if ticket == 0:
+            return 0
+        if cas32(&f.limit, ticket, ticket - 1):
+            break
+    add32(&f.hits, 1)
+    if action == FAIL_ERRNO:
+        return -<int>f.value
+    if action == FAIL_KILL:
+        raise_signal(SIGKILL)
+    if action == FAIL_STOP:
+        raise_signal(SIGSTOP)
+    if action == FAIL_PARK:
+        ticket = load32(&f.ticket)
+        add32(&f.parked, 1)
+        while load32(&f.ticket) == ticket:
+            futex_wait(&f.ticket, ticket, 100_000_000)
+        add32(&f.parked, <uint32_t>-1)
+    return 0

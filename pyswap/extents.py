@@ -1,0 +1,57 @@
+"""Runs of page ids: which are given to an object, and which are free."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+__all__ = ["Extents"]
+
+
+class Extents:
+    """First-fit allocator of runs of page ids.
+
+    Not for use from several threads at once.
+
+    Parameters
+    ----------
+    count : int
+        Page ids there are.
+    align : int
+        Every run starts at a multiple of this and ends before the next.
+    """
+
+    def __init__(self, count: int, align: int) -> None:
+        self._align = align
+        self._free: list[tuple[int, int]] = [(0, count // align * align)]
+
+    def take(self, pages: int) -> int:
+        """Give out a run of `pages` page ids and return the first.
+
+        Raises
+        ------
+        MemoryError
+            If no free run is so long.
+        """
+        wanted = self._rounded(pages)
+        for i, (first, count) in enumerate(self._free):
+            if count >= wanted:
+                if count == wanted:
+                    del self._free[i]
+                else:
+                    self._free[i] = (first + wanted, count - wanted)
+                return first
+        raise MemoryError(f"no run of {pages} page ids is free in the page store")
+
+    def give_back(self, first: int, pages: int) -> None:
+        """Take back a run that `take` gave out, and join it with its free neighbours."""
+        count = self._rounded(pages)
+        i = bisect_left(self._free, (first, 0))
+        if i < len(self._free) and self._free[i][0] == first + count:
+            count += self._free.pop(i)[1]
+        if i and sum(self._free[i - 1]) == first:
+            first, before = self._free.pop(i - 1)
+            count += before
+        insort(self._free, (first, count))
+
+    def _rounded(self, pages: int) -> int:
+        return -(-pages // self._align) * self._align

@@ -1,0 +1,610 @@
+"""`Pool`: one memory budget and its swap, and the arrays in it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import config
+from ._native import native
+from .array import PagedArray
+from .errors import Error, PoolClosedError
+from .pages import overlapped_pages, runs
+from .settings import resolve
+from .stats import Stats
+from .worker import Attachment
+
+__all__ = ["Pool", "engine_mode", "pool_of"]
+
+Advice = Literal["willneed", "dontneed", "sequential", "random", "normal", "pageout"]
+_ADVICE = ("willneed", "dontneed", "sequential", "random", "normal", "pageout")
+
+_pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
+_pin_numbers = itertools.count(1)
+
+
+class Pool:
+    """A memory budget shared by this process and those it forks, with swap behind it.
+
+    Parameters
+    ----------
+    memory : int, str or float
+        The budget: bytes; a string such as ``"256 MiB"``, ``"2G"`` (GiB) or ``"2 GB"`` (10^9
+        bytes); or a fraction in (0, 1] of what the cgroup or the machine has available, the
+        smaller. Pages of arrays in memory never take more, at any instant, in all processes
+        together.
+    swap : int or str, optional
+        Bytes of swap; four times the budget by default, 0 for none.
+    swap_path : path, optional
+        A folder, or a file that does not exist yet; it has no name once the pool is made. By
+        default ``$PYSWAP_DIR``, else the temporary folder, or /var/tmp where that is a tmpfs.
+    page_size : int or str, optional
+        Bytes of a page, a power of two from 4 KiB to 2 MiB; the library's choice by default.
+    name : str, optional
+        For messages.
+    overcommit : bool, optional
+        Allow arrays that frames and swap together could not hold if they were all written.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument makes no sense here: which one, and why, is in the text.
+    OSError
+        If the swap file cannot be made; ENOSPC where the disk has too little room.
+    pyswap.Error
+        If this kernel or container lacks what a pool needs.
+
+    Notes
+    -----
+    The pool may be used from several threads. A forked child uses the same pool; `close` and the
+    end of a ``with`` block in a child end the child's own use.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | float,
+        swap: int | str | None = None,
+        *,
+        swap_path: str | os.PathLike[str] | None = None,
+        page_size: int | str | None = None,
+        name: str | None = None,
+        overcommit: bool = False,
+    ) -> None:
+        settings = resolve(memory, swap, swap_path, page_size, name, overcommit)
+        self._attachment = Attachment(settings)
+        self._settings = settings
+        self._closed_in: int | None = None
+        self._array_numbers = itertools.count(1)
+        _pools[self._attachment.token] = self
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed_in == os.getpid() else "open"
+        return f"<pyswap.Pool {self.name!r}: {self.memory} bytes in pages of {self.page_size}, {state}>"
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Facts.
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._settings.name
+
+    @property
+    def memory(self) -> int:
+        """The budget in bytes: whole pages."""
+        return self._settings.memory_bytes
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page."""
+        return self._settings.page_size
+
+    @property
+    def swapper_pid(self) -> int:
+        """The process id of the swapper."""
+        return int(self._control().numbers()["swapper_pid"])
+
+    def fileno(self) -> int:
+        """Return the page store's descriptor: ``os.fstat(fd).st_blocks * 512`` is the memory in use, in bytes."""
+        self._control()
+        return self._attachment.store_fd
+
+    def stats(self) -> Stats:
+        """Return the pool's numbers now.
+
+        Raises
+        ------
+        PoolClosedError
+            If this process no longer uses the pool.
+        """
+        control = self._control()
+        n = control.numbers()
+        page = self.page_size
+        taken = {name: n[name] for name in Stats.__dataclass_fields__ if name in n}
+        return Stats(
+            **taken,
+            memory_bytes=self.memory,
+            metadata_bytes=os.fstat(self._attachment.control_fd).st_blocks * 512,
+            resident_pages=n["present_frames"] + n["writeback_frames"],
+            swap_bytes=n["slot_count"] * page,
+            swap_used_bytes=n["slots_used"] * page,
+            committed_bytes=n["committed_pages"] * page,
+            workers=len(control.workers()),
+        )
+
+    def check(self) -> None:
+        """Check the frame table against itself and the store; the pool must be idle.
+
+        Raises
+        ------
+        AssertionError
+            If frames by state do not add up, or the store holds other than the frames' bytes.
+        """
+        broken = self._call("check").get("broken")
+        if broken:
+            raise AssertionError(broken)
+
+    # Arrays.
+
+    def empty(
+        self, shape: Any, dtype: npt.DTypeLike = float, order: Literal["C", "F"] = "C", *, name: str | None = None
+    ) -> PagedArray:
+        """Return a new array of zeros, as `numpy.empty` (whose bytes may be anything) does.
+
+        Parameters
+        ----------
+        shape, dtype, order
+            As in NumPy.
+        name : str, optional
+            For messages; at most 71 bytes of it are kept.
+
+        Raises
+        ------
+        SwapFullError
+            If frames and swap cannot hold it beside the other arrays.
+        PoolClosedError
+            After `close`.
+        TypeError
+            If the dtype holds Python objects: their addresses mean nothing to other processes.
+        """
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise TypeError(f"dtype {kind} holds Python objects, which cannot be shared or swapped")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {type(name).__name__}")
+        if order not in ("C", "F"):
+            raise ValueError(f"order must be 'C' or 'F', not {order!r}")
+        if self._closed_in == os.getpid():
+            raise PoolClosedError(f"pool {self.name!r} is closed: it makes no more arrays")
+        dimensions = _dimensions(shape)
+        size = kind.itemsize
+        for n in dimensions:
+            size *= n
+        if size >= config.STORE_BYTES:
+            raise ValueError(f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address")
+        label = name or f"array {next(self._array_numbers)}"
+        region = self._attachment.new_region(size, f"pool {self.name!r}, {label}")
+        return np.ndarray.__new__(PagedArray, dimensions, kind, buffer=region, order=order)
+
+    def zeros(
+        self, shape: Any, dtype: npt.DTypeLike = float, order: Literal["C", "F"] = "C", *, name: str | None = None
+    ) -> PagedArray:
+        """Return a new array of zeros, no page of which takes memory before it is touched; see `empty`."""
+        return self.empty(shape, dtype, order, name=name)
+
+    def ones(
+        self,
+        shape: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["C", "F"] = "C",
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array of ones; see `empty`."""
+        return self.full(shape, 1, float if dtype is None else dtype, order, name=name)
+
+    def full(
+        self,
+        shape: Any,
+        fill_value: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["C", "F"] = "C",
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array full of `fill_value`; see `empty`."""
+        kind = np.asarray(fill_value).dtype if dtype is None else dtype
+        made = self.empty(shape, kind, order, name=name)
+        np.copyto(made, fill_value, casting="unsafe")
+        return made
+
+    def array(
+        self,
+        object: Any,  # noqa: A002 (NumPy's name)
+        dtype: npt.DTypeLike | None = None,
+        *,
+        copy: bool | None = True,
+        order: Literal["K", "A", "C", "F"] = "K",
+        subok: bool = False,
+        ndmin: int = 0,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array with the values of `object`, as `numpy.array` does; see `empty`.
+
+        With ``copy=None`` an array of this pool that fits already is returned as it is; with ``copy=False`` it
+        is a ValueError if there is none.
+        """
+        source = object if isinstance(object, np.ndarray) else np.asarray(object, dtype)
+        kind = source.dtype if dtype is None else np.dtype(dtype)
+        laid_out = _layout(source, order)
+        if not copy and self._has(object) and source.dtype == kind and laid_out == _layout(source, "K"):
+            return _at_least(object, ndmin)
+        if copy is False:
+            raise ValueError("copy=False, but the values are not in this pool with that dtype and order")
+        made = self.empty(source.shape, kind, "C", name=name) if laid_out is None else None
+        if made is None:
+            made = self._empty_in_order(source.shape, kind, laid_out or (), name)
+        np.copyto(made, source, casting="unsafe")
+        return _at_least(made, ndmin)
+
+    def asarray(
+        self,
+        a: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["K", "A", "C", "F"] | None = None,
+        *,
+        copy: bool | None = None,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return `a` if it is an array of this pool that fits, else a new array with its values; see `array`."""
+        return self.array(a, dtype, copy=copy, order=order or "K", name=name)
+
+    def empty_like(
+        self,
+        prototype: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["K", "A", "C", "F"] = "K",
+        subok: bool = True,
+        shape: Any = None,
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array of zeros, shaped as `prototype`; see `empty`."""
+        source = np.asanyarray(prototype)
+        kind = source.dtype if dtype is None else np.dtype(dtype)
+        dimensions = source.shape if shape is None else _dimensions(shape)
+        if len(dimensions) != source.ndim:
+            return self.empty(dimensions, kind, "F" if order == "F" else "C", name=name)
+        return self._empty_in_order(dimensions, kind, _layout(source, order), name)
+
+    def zeros_like(
+        self,
+        a: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["K", "A", "C", "F"] = "K",
+        subok: bool = True,
+        shape: Any = None,
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array of zeros, shaped as `a`; see `empty`."""
+        return self.empty_like(a, dtype, order, subok, shape, name=name)
+
+    def ones_like(
+        self,
+        a: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["K", "A", "C", "F"] = "K",
+        subok: bool = True,
+        shape: Any = None,
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array of ones, shaped as `a`; see `empty`."""
+        return self.full_like(a, 1, dtype, order, subok, shape, name=name)
+
+    def full_like(
+        self,
+        a: Any,
+        fill_value: Any,
+        dtype: npt.DTypeLike | None = None,
+        order: Literal["K", "A", "C", "F"] = "K",
+        subok: bool = True,
+        shape: Any = None,
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new array full of `fill_value`, shaped as `a`; see `empty`."""
+        made = self.empty_like(a, dtype, order, subok, shape, name=name)
+        np.copyto(made, fill_value, casting="unsafe")
+        return made
+
+    def fromfile(
+        self,
+        file: Any,
+        dtype: npt.DTypeLike = float,
+        count: int = -1,
+        offset: int = 0,
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return a new one-dimensional array with the binary contents of a file.
+
+        Parameters
+        ----------
+        file : path or file object
+            A file object must have a descriptor; its position moves past what was read.
+        dtype : dtype
+            Of the items.
+        count : int
+            Items to read; -1 for all there are.
+        offset : int
+            Bytes to skip from the beginning, or from the file object's position.
+
+        Raises
+        ------
+        EOFError
+            If there are fewer than `count` items.
+        ValueError
+            If `offset` or `count` is negative, or `file` is no regular file and `count` is -1.
+
+        Notes
+        -----
+        The file is read straight into pinned pieces of the array, so that it works where the kernel may not
+        fault pages in (user-mode-only userfaultfd), and no other copy is made.
+        """
+        if isinstance(file, (str, bytes, os.PathLike)):
+            with open(file, "rb", buffering=0) as opened:
+                return self.fromfile(opened, dtype, count, offset, name=name)
+        kind = np.dtype(dtype)
+        if offset < 0 or count < -1:
+            raise ValueError(f"offset {offset} and count {count} must not be negative")
+        position = file.tell() + offset
+        left = max(0, os.fstat(file.fileno()).st_size - position)
+        items = left // kind.itemsize if count < 0 else count
+        if items * kind.itemsize > left:
+            raise EOFError(f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left")
+        made = self.empty(items, kind, name=name)
+        self._read_into(file.fileno(), position, made.view(np.uint8))
+        file.seek(position + items * kind.itemsize)
+        return made
+
+    def _read_into(self, fd: int, position: int, target: npt.NDArray[np.uint8]) -> None:
+        piece_bytes = max(self.page_size, min(4 << 20, self.memory // 4))
+        done = 0
+        while done < target.size:
+            piece = target[done : done + piece_bytes]
+            with self.pin(piece, writable=True):
+                n = os.preadv(fd, [memoryview(piece)], position + done)
+            if n == 0:
+                raise EOFError(f"the file ended {target.size - done} bytes early while it was read")
+            done += n
+
+    def release(self, a: npt.NDArray[Any]) -> None:
+        """End an array for every process now.
+
+        Later touches of it, in any process, are one line on stderr and SIGBUS.
+
+        Raises
+        ------
+        ValueError
+            If the memory of `a` is not this pool's.
+        """
+        self._call("release", address=self._region_of(a)[0])
+
+    # Pages.
+
+    def residency(self, a: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Tell which pages of a view are resident.
+
+        Returns
+        -------
+        ndarray of bool, shape (pages,)
+            One for each page that the view's bytes overlap, in address order.
+
+        Raises
+        ------
+        ValueError
+            If the memory of `a` is not this pool's.
+        """
+        start, _ = self._region_of(a)
+        pages = overlapped_pages(a, start, self.page_size)
+        base = self._attachment.regions[start][2] // self.page_size
+        out = np.zeros(len(pages), np.uint8)
+        done = 0
+        for first, count in runs(pages, len(pages)):
+            self._control().residency(base + first, count, out[done : done + count])
+            done += count
+        return out.view(np.bool_)
+
+    def advise(self, a: npt.NDArray[Any], advice: Advice) -> None:
+        """Say how a view's pages will be used.
+
+        Parameters
+        ----------
+        a : ndarray
+            Any view of an array of this pool.
+        advice : str
+            "willneed": read it ahead, as far as frames are free. "dontneed": evict it first, when
+            memory is needed; no byte changes. "pageout": evict it now; what is pinned or being
+            written to stays. "sequential", "random", "normal": how faults of the whole array feed
+            readahead from now on, in this process.
+
+        Raises
+        ------
+        ValueError
+            If the memory of `a` is not this pool's, or there is no such advice.
+        """
+        if advice not in _ADVICE:
+            raise ValueError(f"advice must be one of {', '.join(_ADVICE)}, not {advice!r}")
+        start, ranges = self._ranges_of(a)
+        if not ranges:
+            return
+        if advice == "pageout":
+            self._call("pageout", address=start, ranges=ranges)
+        else:
+            self._call("advise", address=start, ranges=ranges, advice=advice)
+
+    @contextmanager
+    def pin(self, a: npt.NDArray[Any], writable: bool | None = None) -> Iterator[None]:
+        """Keep a view's pages resident, and mapped in this process, inside the ``with`` block.
+
+        Parameters
+        ----------
+        a : ndarray
+            Any view of an array of this pool.
+        writable : bool, optional
+            Whether the block writes to them, or has the kernel write to them; by default whether
+            `a` is writeable.
+
+        Raises
+        ------
+        MemoryError
+            If so many pages cannot be pinned beside those that are.
+        ValueError
+            If the memory of `a` is not this pool's.
+        """
+        write = bool(a.flags.writeable) if writable is None else bool(writable)
+        start, ranges = self._ranges_of(a)
+        if not ranges:
+            yield
+            return
+        number = next(_pin_numbers)
+        granted = False
+        try:
+            self._call("pin", address=start, ranges=ranges, write=write, pin=number)
+            granted = True
+            yield
+        except (MemoryError, ValueError, OSError, Error):
+            if granted:
+                self._unpin(number)
+            granted = False
+            raise
+        except BaseException:
+            # Interrupted while it waited, the pin may still be granted: this takes it back.
+            self._unpin(number)
+            granted = False
+            raise
+        finally:
+            if granted:
+                self._unpin(number)
+
+    def _unpin(self, number: int) -> None:
+        self._call("unpin", pin=number)
+
+    # Ending.
+
+    def close(self) -> None:
+        """End the making of arrays; those that live, in any process, stay right until they are gone.
+
+        In a forked child it ends the child's own use. Closing twice does nothing.
+        """
+        if self._closed_in != os.getpid():
+            self._closed_in = os.getpid()
+            self._attachment.close()
+
+    # Helpers.
+
+    def _control(self) -> native.Control:
+        control = self._attachment.control
+        if control is None or self._attachment.is_left():
+            raise PoolClosedError(f"pool {self.name!r} is closed in this process")
+        return control
+
+    def _call(self, op: str, **fields: Any) -> dict[str, Any]:
+        return self._attachment.call(op, **fields)
+
+    def _has(self, a: object) -> bool:
+        if not isinstance(a, PagedArray):
+            return False
+        found = native.find(a.__array_interface__["data"][0])
+        return found is not None and found[2] == self._attachment.token
+
+    def _region_of(self, a: npt.NDArray[Any]) -> tuple[int, int]:
+        """Address and bytes of the region that a view lies in."""
+        if not isinstance(a, np.ndarray):
+            raise TypeError(f"an array is needed, not {type(a).__name__}")
+        found = native.find(a.__array_interface__["data"][0])
+        if found is None:
+            raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
+        if found[2] != self._attachment.token:
+            raise ValueError(f"this memory is another pool's, not {self.name!r}'s")
+        return found[0], found[1]
+
+    def _ranges_of(self, a: npt.NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
+        start, _ = self._region_of(a)
+        pages = overlapped_pages(a, start, self.page_size)
+        return start, runs(pages, config.REQUEST_RANGES)
+
+    def _empty_in_order(
+        self, shape: tuple[int, ...], kind: np.dtype[Any], axes: tuple[int, ...] | None, name: str | None
+    ) -> PagedArray:
+        """An array whose axes lie in memory in the given order, slowest first; None is C order."""
+        if axes is None:
+            return self.empty(shape, kind, name=name)
+        made = self.empty([shape[i] for i in axes], kind, name=name)
+        return made.transpose(np.argsort(axes)) if len(shape) > 1 else made
+
+
+def _dimensions(shape: Any) -> tuple[int, ...]:
+    """A shape as NumPy takes it: an int or a sequence of them."""
+    try:
+        dimensions = (shape.__index__(),)
+    except (AttributeError, TypeError):
+        dimensions = tuple(n.__index__() for n in shape)
+    if any(n < 0 for n in dimensions):
+        raise ValueError("negative dimensions are not allowed")
+    return dimensions
+
+
+def _layout(source: npt.NDArray[Any], order: str | None) -> tuple[int, ...] | None:
+    """The order of the axes in memory that NumPy's `order` asks for, slowest first; None is C order."""
+    flags = source.flags
+    if order not in ("K", "A", "C", "F"):
+        raise ValueError(f"order must be one of 'C', 'F', 'A' and 'K', not {order!r}")
+    if order == "F" or (order in "AK" and flags.f_contiguous and not flags.c_contiguous):
+        return tuple(reversed(range(source.ndim)))
+    if order in "CA" or flags.c_contiguous:
+        return None
+    return tuple(sorted(range(source.ndim), key=lambda i: -abs(source.strides[i])))
+
+
+def _at_least(a: PagedArray, ndmin: int) -> PagedArray:
+    return a.reshape((1,) * (ndmin - a.ndim) + a.shape) if a.ndim < ndmin else a
+
+
+def pool_of(a: npt.NDArray[Any]) -> Pool:
+    """Return the pool whose memory an array is.
+
+    Raises
+    ------
+    ValueError
+        If it is no pool's.
+    """
+    found = native.find(a.__array_interface__["data"][0])
+    pool = _pools.get(found[2]) if found else None
+    if pool is None:
+        raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
+    return pool
+
+
+def engine_mode() -> str:
+    """Tell how faults are delivered here: "userfaultfd" or "userfaultfd, user mode only"."""
+    fd, user_only = native.open_uffd()
+    os.close(fd)
+    return "userfaultfd, user mode only" if user_only else "userfaultfd"

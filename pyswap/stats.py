@@ -1,0 +1,83 @@
+"""`Stats`: a pool's numbers at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a pool holds and has done, over all its processes, the dead included.
+
+    Attributes
+    ----------
+    memory_bytes, metadata_bytes : int
+        The budget; what the control segment takes beside it.
+    page_size : int
+        Bytes of a page; what follows counts pages unless it says otherwise.
+    resident_pages, free_frames, offline_frames, dirty_pages, pinned_pages : int
+        Pages in frames; frames that are free; frames the machine had no memory for; pages newer
+        than their slot; pages that may not be evicted.
+    swap_bytes, swap_used_bytes : int
+        The swap area, and how much of it is in use.
+    committed_bytes : int
+        What arrays may come to need.
+    minor_faults, major_faults, write_faults : int
+        Faults on resident or untouched pages; faults that read a slot; first writes to pages that
+        were mapped for reading.
+    zero_fills, fill_waits, frame_waits : int
+        Minor faults that made a page of zeros; faults that met a page another thread was
+        filling or evicting; faults that had to wait for a free frame.
+    slot_reads, slot_writes, read_calls, write_calls : int
+        Pages read from and written to swap, and the system calls that took.
+    clean_drops, zero_drops : int
+        Pages evicted without I/O, since the slot was still right; pages evicted without a slot,
+        since they were zero.
+    write_ahead_pages : int
+        Dirty pages cleaned before reclaim chose them.
+    readahead_pages, readahead_hits : int
+        Pages read before they were asked for, and those of them that were asked for.
+    evictions, redirtied_pages, slot_steals : int
+        Pages evicted; pages written to while they were being written out; slots taken back from
+        resident pages because swap was full.
+    read_errors, write_errors, poisoned_pages : int
+        Failed transfers; pages answered with SIGBUS.
+    workers : int
+        Processes attached now.
+    """
+
+    memory_bytes: int
+    metadata_bytes: int
+    page_size: int
+    resident_pages: int
+    free_frames: int
+    offline_frames: int
+    dirty_pages: int
+    pinned_pages: int
+    swap_bytes: int
+    swap_used_bytes: int
+    committed_bytes: int
+    minor_faults: int
+    major_faults: int
+    write_faults: int
+    zero_fills: int
+    fill_waits: int
+    frame_waits: int
+    slot_reads: int
+    slot_writes: int
+    read_calls: int
+    write_calls: int
+    clean_drops: int
+    zero_drops: int
+    write_ahead_pages: int
+    readahead_pages: int
+    readahead_hits: int
+    evictions: int
+    redirtied_pages: int
+    slot_steals: int
+    read_errors: int
+    write_errors: int
+    poisoned_pages: int
+    workers: int

@@ -1,0 +1,411 @@
+"""A process's side of a pool: its connection, its userfaultfd, its attendant, and what fork does with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import config, protocol
+from ._native import native
+from .errors import Error, PoolClosedError
+from .protocol import Message
+from .segments import create_segment, open_swap, remove_stale_segments
+from .settings import Settings
+
+_log = logging.getLogger("pyswap")
+
+_BOOT = """\
+import os, sys
+if os.fork(): os._exit(0)
+os.setsid()
+sys.path.insert(0, sys.argv[1])
+from pyswap.swapper import main
+main()
+"""
+"""The swapper's first lines: a child of nobody, in a session of its own, without site-packages."""
+
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_tokens = iter(range(1, 1 << 62))
+
+
+class Attachment:
+    """This process's part in one pool.
+
+    Safe to use from several threads: one request is under way at a time.
+
+    Parameters
+    ----------
+    settings : Settings
+        What the pool is made with.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.token = next(_tokens)
+        self.creator_pid = os.getpid()
+        self.user_only = False
+        self.leaving = False
+        self.regions: dict[int, tuple[int, int, int, int]] = {}
+        self._pending: deque[tuple[int, int]] = deque()
+        self._forks: dict[int, tuple[int, int] | None] = {}  # by the thread that forks
+        self._lock = threading.Lock()
+        self._seq = 0
+        self._fds: list[int] = []
+        self._sock: socket.socket | None = None
+        self._channel: socket.socket | None = None
+        self._attendant: native.Attendant | None = None
+        self.uffd = -1
+        self.control: native.Control | None = None
+        try:
+            self._start()
+        except BaseException:
+            self._drop()
+            raise
+        _attachments.add(self)
+
+    # Beginning.
+
+    def _start(self) -> None:
+        """Make the segments and the swap file, and start the swapper on them."""
+        s = self.settings
+        self.uffd, self.user_only = _open_uffd()
+        remove_stale_segments()
+        b = config.bounds(s.frame_count, s.page_size)
+        page_count = config.STORE_BYTES // s.page_size
+        layout = native.control_bytes(s.frame_count, s.slot_count, page_count)
+        self.control_fd = self._keep(create_segment("control", layout["size"], layout["regions"]))
+        store_bytes = page_count * s.page_size
+        self.store_fd = self._keep(create_segment("store", store_bytes, s.memory_bytes))
+        _probe_store(self.store_fd, s.page_size)
+        swap_fd, _ = open_swap(s)
+        try:
+            limit = s.frame_count
+            if s.slot_count:
+                limit = s.slot_count + s.frame_count - b.reserve_pages
+            sizes = {
+                **asdict(b), "frame_count": s.frame_count, "slot_count": s.slot_count, "page_count": page_count,
+                "page_bytes": s.page_size, "commit_limit_pages": limit, "frame_wait_ms": config.FRAME_WAIT_MS,
+            }
+            setup = {"name": s.name, "sizes": sizes, "overcommit": s.overcommit,
+                     "control_fd": self.control_fd, "store_fd": self.store_fd, "swap_fd": swap_fd}
+            self._sock, self._channel = self._spawn(setup)
+        finally:
+            if swap_fd >= 0:
+                os.close(swap_fd)
+        self._empty_fd = self._keep(os.memfd_create("pyswap-empty", os.MFD_CLOEXEC))
+        self._sock.settimeout(config.START_TIMEOUT_S)
+        self._hello([])
+        self._sock.settimeout(None)
+
+    def _spawn(self, setup: Message) -> tuple[socket.socket, socket.socket]:
+        """Start the swapper; the process that starts it ends at once, and is waited for here."""
+        sock, sock_end = protocol.pair()
+        channel, channel_end = protocol.pair()
+        try:
+            fds = [setup["control_fd"], setup["store_fd"], sock_end.fileno(), channel_end.fileno()]
+            if setup["swap_fd"] >= 0:
+                fds.append(setup["swap_fd"])
+            setup = {**setup, "sock_fd": sock_end.fileno(), "channel_fd": channel_end.fileno()}
+            package = str(Path(__file__).resolve().parent.parent)
+            command = [sys.executable, "-E", "-S", "-c", _BOOT, package, json.dumps(setup)]
+            subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds, cwd="/", check=True
+            )
+        except BaseException:
+            sock.close()
+            channel.close()
+            raise
+        finally:
+            sock_end.close()
+            channel_end.close()
+        return sock, channel
+
+    def _hello(self, regions: list[tuple[int, int, int]]) -> list[int]:
+        """Attach this process: returns the addresses whose arrays are gone."""
+        assert self._channel is not None
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            message = {"op": "hello", "pid": os.getpid(), "regions": regions}
+            reply = self._exchange(message, (self.uffd, pidfd))
+        finally:
+            os.close(pidfd)
+        if self.control is None:
+            self.control = native.Control(self.control_fd)
+        self._attendant = native.Attendant(
+            self.control, self._channel.fileno(), self.uffd, self._empty_fd, self.token
+        )
+        return list(reply["lost"])
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    # Requests.
+
+    def call(self, op: str, **fields: Any) -> Message:
+        """Make a request and return the reply.
+
+        Raises
+        ------
+        PoolClosedError
+            If this process has left the pool, or the pool has ended.
+        Error
+            If the swapper died; else whatever the swapper answers with.
+        """
+        with self._lock:
+            reply = self._exchange({"op": op, **fields}, ())
+        self._flush()
+        return reply
+
+    def _exchange(self, message: Message, fds: tuple[int, ...]) -> Message:
+        if self._sock is None:
+            raise PoolClosedError(f"pool {self.settings.name!r} is closed in this process")
+        self._seq += 1
+        seq = self._seq
+        try:
+            protocol.send(self._sock, {**message, "seq": seq}, fds)
+            while True:
+                reply, received = protocol.receive(self._sock)
+                if reply.get("seq") == seq:
+                    break
+                for fd in received:
+                    os.close(fd)
+        except TimeoutError:
+            raise Error("the swapper did not answer in time; is this machine overloaded?") from None
+        except ConnectionError:
+            raise self._ended() from None
+        protocol.raise_reply(reply)
+        reply["fds"] = received
+        return reply
+
+    def _ended(self) -> Error:
+        name = self.settings.name
+        if self.control is None:
+            return Error(f"the swapper of pool {name!r} could not start; its reason is on stderr")
+        if self.control.ended():
+            return PoolClosedError(f"pool {name!r} has ended: its creator is gone and no array was left")
+        return Error(f"the swapper of pool {name!r} died")
+
+    # Regions.
+
+    def new_region(self, size: int, name: str) -> native.Region:
+        """Make an object of `size` bytes and map it."""
+        page = self.settings.page_size
+        mapped = -(-max(1, size) // page) * page
+        address = native.reserve(mapped)
+        try:
+            reply = self.call("create", address=address, size=size, name=name)
+        except BaseException:
+            # Interrupted after the request had gone out, the region may exist: this takes it back.
+            self.region_ended(address, mapped)
+            raise
+        offset = int(reply["base"]) * page
+        self.regions[address] = (int(reply["object"]), int(reply["generation"]), offset, mapped)
+        try:
+            native.map_range(address, mapped, self.store_fd, offset, self.uffd)
+            return native.Region(self, address, mapped, size, self.token)
+        except BaseException:
+            native.reserve_again(address, mapped)
+            self.region_ended(address, mapped)
+            raise
+
+    def region_ended(self, address: int, mapped: int) -> None:
+        """Called when nothing refers to a region any more; its addresses are reserved still."""
+        self._pending.append((address, mapped))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Tell the swapper of ended regions.
+
+        The garbage collector may come here in the middle of a request of this very thread: then the lock is
+        taken, and who holds it flushes after.
+        """
+        while self._pending and self._lock.acquire(blocking=False):
+            try:
+                while self._pending:
+                    address, mapped = self._pending.popleft()
+                    self.regions.pop(address, None)
+                    try:
+                        self._exchange({"op": "remove", "address": address}, ())
+                    except Error:
+                        pass  # The pool has ended, and the region with it.
+                    native.unreserve(address, mapped)
+            finally:
+                self._lock.release()
+        if self.leaving and not self.regions:
+            self._leave()
+
+    # Ending.
+
+    def is_left(self) -> bool:
+        """Whether this process has no part in the pool any more."""
+        return self._sock is None
+
+    def close(self) -> None:
+        """End this process's use as soon as its last array is gone."""
+        if self._sock is None:
+            return
+        try:
+            self.call("close")
+        except Error as error:
+            _log.debug("pyswap: close: %s", error)
+        self.leaving = True
+        self._flush()
+
+    def _leave(self) -> None:
+        if self._sock is not None:
+            try:
+                with self._lock:
+                    self._exchange({"op": "bye"}, ())
+            except Error as error:
+                _log.debug("pyswap: bye: %s", error)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Give back every descriptor and the attendant."""
+        _attachments.discard(self)
+        if self._attendant is not None and self._channel is not None:
+            self._attendant.detach()
+            self._channel.shutdown(socket.SHUT_RDWR)
+            self._attendant.join()
+            self._attendant = None
+        for end in (self._sock, self._channel):
+            if end is not None:
+                end.close()
+        self._sock = self._channel = None
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+
+    # Fork.
+
+    def before_fork(self) -> None:
+        """Have the swapper keep a place for the child, with references for all it inherits."""
+        prepared = None
+        if self._sock is not None:
+            try:
+                prepared = self._prepare_fork(self._sock)
+            except (Error, MemoryError, OSError) as error:
+                _log.error("pyswap: pool %r: the child will have no arrays: %s", self.settings.name, error)
+        self._forks[threading.get_ident()] = prepared
+
+    def _prepare_fork(self, sock: socket.socket) -> tuple[int, int]:
+        if not self._lock.acquire(timeout=config.FORK_TIMEOUT_S):
+            raise Error("another thread's request to the swapper takes too long")
+        try:
+            sock.settimeout(config.FORK_TIMEOUT_S)
+            first, second = self._exchange({"op": "fork"}, ())["fds"]
+            return first, second
+        finally:
+            sock.settimeout(None)
+            self._lock.release()
+
+    def after_fork_in_parent(self) -> None:
+        """The child has its end of the connection, or there is no child: the swapper will see which."""
+        for fd in self._forks.pop(threading.get_ident(), None) or ():
+            os.close(fd)
+
+    def after_fork_in_child(self) -> None:
+        """Become a worker of its own: map everything again, over a userfaultfd of this process."""
+        self._lock = threading.Lock()
+        prepared = self._forks.pop(threading.get_ident(), None)
+        for other in self._forks.values():
+            for fd in other or ():
+                os.close(fd)
+        self._forks.clear()
+        if self._attendant is not None:
+            self._attendant.forget()
+            self._attendant = None
+        for end in (self._sock, self._channel):
+            if end is not None:
+                end.close()
+        self._sock = self._channel = None
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+        for address, mapped in self._pending:
+            native.unreserve(address, mapped)
+            self.regions.pop(address, None)
+        self._pending.clear()
+        if prepared is not None:
+            self._adopt(*prepared)
+        elif self.regions:
+            self._orphan(list(self.regions), "this process was forked without the swapper's help")
+
+    def _adopt(self, sock_fd: int, channel_fd: int) -> None:
+        self._sock = socket.socket(fileno=sock_fd)
+        self._channel = socket.socket(fileno=channel_fd)
+        try:
+            self.uffd, self.user_only = _open_uffd()
+            for address, (_, _, offset, mapped) in self.regions.items():
+                native.map_range(address, mapped, self.store_fd, offset, self.uffd)
+            lost = self._hello([(a, o, g) for a, (o, g, _, _) in self.regions.items()])
+        except (Error, OSError) as error:
+            self._orphan(list(self.regions), str(error))
+            return
+        if lost:
+            self._orphan(lost, "it was freed while this process was forked")
+
+    def _orphan(self, addresses: list[int], why: str) -> None:
+        """Have touches of these arrays end in SIGBUS, and say so."""
+        print(f"pyswap: pool {self.settings.name!r}: {why}; touching {len(addresses)} of its arrays is SIGBUS",
+              file=sys.stderr, flush=True)
+        for address in addresses:
+            native.map_range(address, self.regions[address][3], self._empty_fd, 0, -1)
+
+
+def _open_uffd() -> tuple[int, bool]:
+    try:
+        return native.open_uffd()
+    except OSError as error:
+        raise Error(
+            f"userfaultfd is not to be had here ({error.strerror}): pyswap needs Linux 6.4 or newer, and a "
+            "container whose seccomp profile allows the userfaultfd system call"
+        ) from None
+
+
+def _probe_store(fd: int, page_bytes: int) -> None:
+    """A page must cost a page: with huge pages forced on shared memory it would cost 2 MiB."""
+    before = os.fstat(fd).st_blocks
+    os.posix_fallocate(fd, 0, page_bytes)
+    cost = (os.fstat(fd).st_blocks - before) * 512
+    native.punch(fd, 0, page_bytes)
+    if cost != page_bytes:
+        raise Error(
+            f"a page of {page_bytes} bytes takes {cost} bytes of shared memory here, so no budget could be kept: "
+            "set /sys/kernel/mm/transparent_hugepage/shmem_enabled to advise or never"
+        )
+
+
+def _before() -> None:
+    for attachment in list(_attachments):
+        attachment.before_fork()
+
+
+def _after_in_parent() -> None:
+    for attachment in list(_attachments):
+        attachment.after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    for attachment in list(_attachments):
+        attachment.after_fork_in_child()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
