@@ -1,0 +1,87 @@
+# Everything here is made by two commands:
+#
+#   make demo    the landmasses of the earth, computed in arrays larger than memory
+#   make test    the whole suite: both builds, linters, types
+#
+# Also: make test-pythons (the core tests on every supported Python found), make clean.
+# PYTHON=python3.12 chooses the interpreter; TEST_ARGS and DEMO_ARGS are handed on.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+BUILD_NEEDS := "setuptools>=77" "Cython>=3.0.11"
+
+# What, when changed, means that the extension has to be built again.
+SOURCES := setup.py pyproject.toml MANIFEST.in \
+           $(wildcard pyswap/*.pyx pyswap/*.pxd pyswap/core/*.pxd pyswap/core/*.h)
+
+# A test that hangs in a page fault cannot be interrupted: its process ends, with all stacks shown.
+PYTEST := -m pytest --timeout=300 --timeout-method=thread
+# The demo's test is about the demo, and needs its packages.
+CORE_ONLY := --ignore=tests/test_continents.py
+
+.PHONY: demo test test-pythons clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(PY) examples/continents.py $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "core or failpoint" $(TEST_ARGS)
+	$(PY) $(PYTEST) $(TEST_ARGS)
+
+$(VENV)/.demo: $(VENV)/.ready $(SOURCES)
+	$(PIP) install --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.ready $(SOURCES)
+	PYSWAP_DEBUG=1 PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test]"
+	@touch $@
+
+# What pip would say a screen later, said first.
+$(VENV)/.ready:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "pyswap needs Python: $(PYTHON) is not there; name another by PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "pyswap needs Python 3.10 or newer: name one by PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) lacks its venv module (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
+	  sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) lacks its C headers (on Debian and Ubuntu: apt install python3-dev)"; exit 1; }
+	@command -v $(CC) >/dev/null || \
+	  { echo "pyswap needs a C compiler: $(CC) is not there; name another by CC=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(BUILD_NEEDS)
+	@touch $@
+
+# One Python after the other, each with an environment of its own; pyenv's are found where its
+# shims would refuse.
+test-pythons:
+	@set -e; found=0; \
+	for version in 3.10 3.11 3.12 3.13; do \
+	  python=$$(for candidate in $$(command -v pyenv >/dev/null && \
+	      ls -d $$(pyenv root)/versions/$$version*/bin/python$$version 2>/dev/null; true) \
+	      python$$version; do \
+	    if $$candidate -c 'import ensurepip, os, sys, sysconfig as s; \
+	      sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null; \
+	    then echo $$candidate; break; fi; done); \
+	  if [ -z "$$python" ]; then echo "== Python $$version: not found, or without venv or headers"; \
+	  else echo "== Python $$version: $$python"; found=$$((found + 1)); \
+	    $(MAKE) --no-print-directory test-python PYTHON=$$python VENV=.venv-$$version; fi; \
+	done; \
+	echo "== the core tests passed on $$found Pythons"; [ $$found -gt 0 ]
+
+.PHONY: test-python
+test-python: $(VENV)/.core
+	$(PY) $(PYTEST) -m core $(CORE_ONLY) $(TEST_ARGS)
+
+$(VENV)/.core: $(VENV)/.ready $(SOURCES)
+	PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test-core]"
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-3.* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f pyswap/_fast.c pyswap/_fast_debug.c pyswap/*.so tests/_probe.c tests/*.so
+	find pyswap tests examples bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
