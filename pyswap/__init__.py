@@ -1,11 +1,11 @@
-"""Swap, as a library: NumPy arrays larger than memory, shared by worker processes under one hard budget.
+"""Swap, as a library: NumPy arrays larger than memory, shared by workers under one budget.
 
 >>> import pyswap
 >>> with pyswap.Pool("256 MiB", swap="4 GiB") as pool:
 ...     a = pool.zeros((20_000, 20_000))
 ...     a[0] = 1.0
 
-What is named here is loaded when it is first used: the swapper process imports this package without NumPy.
+What is named here is loaded when it is first used: the swapper imports this package without NumPy.
 """
 
 from __future__ import annotations

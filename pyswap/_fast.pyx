@@ -9,7 +9,7 @@ import sys
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy, memset, strncpy
+from libc.string cimport memset, strncpy
 
 from pyswap.core cimport layout
 from pyswap.core.attendant cimport (
@@ -42,7 +42,6 @@ from pyswap.core.kernel cimport (
     uffd_register,
 )
 from pyswap.core.layout cimport (
-    EXTENT_ALIGN_PAGES,
     FAILPOINTS,
     MAX_BATCH_PAGES,
     MAX_OBJECTS,
@@ -79,7 +78,6 @@ from pyswap.core.region cimport (
     life_end,
     life_generation,
     life_hold,
-    life_is,
     region_insert,
     region_withdraw,
 )

@@ -1,4 +1,4 @@
-"""The native module in use: the release build, or the debug build where PYSWAP_ENGINE=debug asks for it."""
+"""The native module in use: the release build, or with PYSWAP_ENGINE=debug the debug build."""
 
 from __future__ import annotations
 

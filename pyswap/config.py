@@ -1,4 +1,4 @@
-"""Bounds: of every queue, batch, retry and wait that is not a table size in core/layout.pxd, with its unit."""
+"""Bounds of queues, batches, retries and waits, with their units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK_BYTES = 1 << 20
 """One readahead request."""
 AROUND_BYTES = 1 << 20
 AROUND_PAGES = 64
-"""One fault-around: resident neighbours mapped, or untouched neighbours zeroed, in the same call."""
+"""One fault-around: neighbours that are mapped, or untouched ones that are zeroed, in one call."""
 
 FRAME_WAIT_MS = 60_000
 """A fault that found no free frame for so long gives up, in milliseconds."""

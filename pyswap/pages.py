@@ -8,7 +8,9 @@ import numpy.typing as npt
 __all__ = ["overlapped_pages", "runs"]
 
 
-def overlapped_pages(view: npt.NDArray[np.generic], start: int, page_bytes: int) -> npt.NDArray[np.int64]:
+def overlapped_pages(
+    view: npt.NDArray[np.generic], start: int, page_bytes: int
+) -> npt.NDArray[np.int64]:
     """Find the pages that a view's bytes overlap.
 
     Parameters
@@ -44,7 +46,7 @@ def overlapped_pages(view: npt.NDArray[np.generic], start: int, page_bytes: int)
 
 
 def runs(pages: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Join ascending pages into runs (first, count); one run over all where there would be more than `limit`."""
+    """Join ascending pages into runs (first, count); more than `limit` become one run over all."""
     if len(pages) == 0:
         return []
     breaks = np.flatnonzero(np.diff(pages) != 1) + 1
@@ -52,14 +54,16 @@ def runs(pages: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
         return [(int(pages[0]), int(pages[-1] - pages[0]) + 1)]
     firsts = pages[np.concatenate(([0], breaks))]
     counts = np.diff(np.concatenate(([0], breaks, [len(pages)])))
-    return [(int(f), int(n)) for f, n in zip(firsts, counts)]
+    return [(int(f), int(n)) for f, n in zip(firsts, counts, strict=True)]
 
 
-def _blocks(view: npt.NDArray[np.generic], page_bytes: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """The lowest address, the bytes of a block without a page-sized gap, and (stride, count) of what repeats it."""
+def _blocks(
+    view: npt.NDArray[np.generic], page_bytes: int
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """The lowest address, bytes of a block without a page's gap, (stride, count) of repeats."""
     first = int(view.__array_interface__["data"][0])
     steps = []
-    for stride, count in zip(view.strides, view.shape):
+    for stride, count in zip(view.strides, view.shape, strict=True):
         if stride < 0:
             first += stride * (count - 1)
         if count > 1 and stride:

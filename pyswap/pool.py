@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from .pages import overlapped_pages, runs
 from .settings import resolve
 from .stats import Stats
 from .worker import Attachment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Pool", "engine_mode", "pool_of"]
 
@@ -70,7 +73,7 @@ class Pool:
 
     def __init__(
         self,
-        memory: int | str | float,
+        memory: str | float,
         swap: int | str | None = None,
         *,
         swap_path: str | os.PathLike[str] | None = None,
@@ -87,13 +90,17 @@ class Pool:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed_in == os.getpid() else "open"
-        return f"<pyswap.Pool {self.name!r}: {self.memory} bytes in pages of {self.page_size}, {state}>"
+        sizes = f"{self.memory} bytes in pages of {self.page_size}"
+        return f"<pyswap.Pool {self.name!r}: {sizes}, {state}>"
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -120,7 +127,7 @@ class Pool:
         return int(self._control().numbers()["swapper_pid"])
 
     def fileno(self) -> int:
-        """Return the page store's descriptor: ``os.fstat(fd).st_blocks * 512`` is the memory in use, in bytes."""
+        """Return the page store's descriptor: its ``st_blocks * 512`` bytes are in use."""
         self._control()
         return self._attachment.store_fd
 
@@ -162,7 +169,12 @@ class Pool:
     # Arrays.
 
     def empty(
-        self, shape: Any, dtype: npt.DTypeLike = float, order: Literal["C", "F"] = "C", *, name: str | None = None
+        self,
+        shape: Any,
+        dtype: npt.DTypeLike = float,
+        order: Literal["C", "F"] = "C",
+        *,
+        name: str | None = None,
     ) -> PagedArray:
         """Return a new array of zeros, as `numpy.empty` (whose bytes may be anything) does.
 
@@ -196,15 +208,22 @@ class Pool:
         for n in dimensions:
             size *= n
         if size >= config.STORE_BYTES:
-            raise ValueError(f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address")
+            raise ValueError(
+                f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address"
+            )
         label = name or f"array {next(self._array_numbers)}"
         region = self._attachment.new_region(size, f"pool {self.name!r}, {label}")
         return np.ndarray.__new__(PagedArray, dimensions, kind, buffer=region, order=order)
 
     def zeros(
-        self, shape: Any, dtype: npt.DTypeLike = float, order: Literal["C", "F"] = "C", *, name: str | None = None
+        self,
+        shape: Any,
+        dtype: npt.DTypeLike = float,
+        order: Literal["C", "F"] = "C",
+        *,
+        name: str | None = None,
     ) -> PagedArray:
-        """Return a new array of zeros, no page of which takes memory before it is touched; see `empty`."""
+        """Return a new array of zeros; a page takes memory when it is touched; see `empty`."""
         return self.empty(shape, dtype, order, name=name)
 
     def ones(
@@ -246,16 +265,23 @@ class Pool:
     ) -> PagedArray:
         """Return a new array with the values of `object`, as `numpy.array` does; see `empty`.
 
-        With ``copy=None`` an array of this pool that fits already is returned as it is; with ``copy=False`` it
-        is a ValueError if there is none.
+        With ``copy=None`` an array of this pool that fits already is returned as it is; with
+        ``copy=False`` it is a ValueError if there is none.
         """
         source = object if isinstance(object, np.ndarray) else np.asarray(object, dtype)
         kind = source.dtype if dtype is None else np.dtype(dtype)
         laid_out = _layout(source, order)
-        if not copy and self._has(object) and source.dtype == kind and laid_out == _layout(source, "K"):
+        if (
+            not copy
+            and self._has(object)
+            and source.dtype == kind
+            and laid_out == _layout(source, "K")
+        ):
             return _at_least(object, ndmin)
         if copy is False:
-            raise ValueError("copy=False, but the values are not in this pool with that dtype and order")
+            raise ValueError(
+                "copy=False, but the values are not in this pool with that dtype and order"
+            )
         made = self.empty(source.shape, kind, "C", name=name) if laid_out is None else None
         if made is None:
             made = self._empty_in_order(source.shape, kind, laid_out or (), name)
@@ -271,7 +297,7 @@ class Pool:
         copy: bool | None = None,
         name: str | None = None,
     ) -> PagedArray:
-        """Return `a` if it is an array of this pool that fits, else a new array with its values; see `array`."""
+        """Return `a` if it is this pool's and fits, else a new array of its values."""
         return self.array(a, dtype, copy=copy, order=order or "K", name=name)
 
     def empty_like(
@@ -365,8 +391,8 @@ class Pool:
 
         Notes
         -----
-        The file is read straight into pinned pieces of the array, so that it works where the kernel may not
-        fault pages in (user-mode-only userfaultfd), and no other copy is made.
+        The file is read straight into pinned pieces of the array, so that it works where the
+        kernel may not fault pages in (user-mode-only userfaultfd), and no other copy is made.
         """
         if isinstance(file, (str, bytes, os.PathLike)):
             with open(file, "rb", buffering=0) as opened:
@@ -378,7 +404,9 @@ class Pool:
         left = max(0, os.fstat(file.fileno()).st_size - position)
         items = left // kind.itemsize if count < 0 else count
         if items * kind.itemsize > left:
-            raise EOFError(f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left")
+            raise EOFError(
+                f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left"
+            )
         made = self.empty(items, kind, name=name)
         self._read_into(file.fileno(), position, made.view(np.uint8))
         file.seek(position + items * kind.itemsize)
@@ -510,7 +538,7 @@ class Pool:
     # Ending.
 
     def close(self) -> None:
-        """End the making of arrays; those that live, in any process, stay right until they are gone.
+        """End the making of arrays; those that live, in any process, stay right until their end.
 
         In a forked child it ends the child's own use. Closing twice does nothing.
         """
@@ -552,7 +580,11 @@ class Pool:
         return start, runs(pages, config.REQUEST_RANGES)
 
     def _empty_in_order(
-        self, shape: tuple[int, ...], kind: np.dtype[Any], axes: tuple[int, ...] | None, name: str | None
+        self,
+        shape: tuple[int, ...],
+        kind: np.dtype[Any],
+        axes: tuple[int, ...] | None,
+        name: str | None,
     ) -> PagedArray:
         """An array whose axes lie in memory in the given order, slowest first; None is C order."""
         if axes is None:
@@ -573,7 +605,7 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
 
 
 def _layout(source: npt.NDArray[Any], order: str | None) -> tuple[int, ...] | None:
-    """The order of the axes in memory that NumPy's `order` asks for, slowest first; None is C order."""
+    """The axes as NumPy's `order` wants them in memory, slowest first; None is C order."""
     flags = source.flags
     if order not in ("K", "A", "C", "F"):
         raise ValueError(f"order must be one of 'C', 'F', 'A' and 'K', not {order!r}")

@@ -1,7 +1,8 @@
 """Messages between a worker and its swapper: one JSON object a packet, descriptors beside it.
 
-A request carries ``op`` and ``seq``; its reply carries the same ``seq``, and ``error`` and ``text`` where it failed.
-A reply to a request that was interrupted is recognised by its number and thrown away.
+A request carries ``op`` and ``seq``; its reply carries the same ``seq``, and ``error`` and
+``text`` where it failed. A reply to a request that was interrupted is recognised by its number and
+thrown away.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ __all__ = ["Message", "pair", "raise_reply", "receive", "send"]
 Message = dict[str, Any]
 
 _EXCEPTIONS: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (Error, GoneError, PoolClosedError, SwapFullError, SwapIOError)
+    kind.__name__: kind for kind in (Error, GoneError, PoolClosedError, SwapFullError, SwapIOError)
 } | {"MemoryError": MemoryError, "ValueError": ValueError, "OSError": OSError}
 
 

@@ -1,7 +1,7 @@
 """The swapper process: serves its workers' requests, and runs the threads that move pages.
 
-It is its own session, started by `pyswap.worker` and known by "pyswap.swapper" in its command line.  It ends by
-itself when no worker is left, or when creation has ended and no array lives.
+It is its own session, started by `pyswap.worker` and known by "pyswap.swapper" in its command
+line.  It ends by itself when no worker is left, or when creation has ended and no array lives.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ class Server:
         self._setup = setup
         self._poll = select.epoll()
         self.tables = native.Swapper(
-            setup["control_fd"], setup["store_fd"], setup["swap_fd"], self._poll.fileno(), setup["sizes"]
+            setup["control_fd"],
+            setup["store_fd"],
+            setup["swap_fd"],
+            self._poll.fileno(),
+            setup["sizes"],
         )
         sizes = setup["sizes"]
         limit = None if setup["overcommit"] else sizes["commit_limit_pages"]
@@ -150,7 +154,7 @@ class Server:
         reply: Message | None
         try:
             reply, out = self._handle(worker, message, fds)
-        except Exception as error:  # noqa: BLE001 (the worker is told; the swapper serves the others)
+        except Exception as error:  # noqa: BLE001 (the worker is told, and the others served)
             if not isinstance(error, (Error, MemoryError, OSError, ValueError)):
                 _log.exception("pyswap: request %r failed", message.get("op"))
             reply, out = protocol.failure(error), ()
@@ -159,7 +163,9 @@ class Server:
         if worker.farewell:
             self._lost(worker)
 
-    def _reply(self, worker: _Worker, message: Message, reply: Message, fds: tuple[int, ...] = ()) -> None:
+    def _reply(
+        self, worker: _Worker, message: Message, reply: Message, fds: tuple[int, ...] = ()
+    ) -> None:
         try:
             protocol.send(worker.sock, {**reply, "seq": message.get("seq")}, fds)
         except OSError:
@@ -199,8 +205,11 @@ class Server:
         self.tables.worker_begin(worker.number, worker.pid, uffd, os.dup(worker.channel.fileno()))
         worker.attached = True
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._lost(worker))
-        lost = [int(a) for a, number, generation in message["regions"]
-                if not self._inherit(worker, int(a), int(number), int(generation))]
+        lost = [
+            int(a)
+            for a, number, generation in message["regions"]
+            if not self._inherit(worker, int(a), int(number), int(generation))
+        ]
         for o in worker.promised.values():
             self.objects.unrefer(o)
         worker.promised.clear()
@@ -226,8 +235,8 @@ class Server:
         room = (self._setup["sizes"]["frame_count"] - 32) // 4
         if number is None or len(self._workers) >= room:
             raise Error(
-                f"the pool has {len(self._workers)} processes; {min(room, MAX_WORKERS)} are the most "
-                "for its memory: give it a larger budget or smaller pages"
+                f"the pool has {len(self._workers)} processes; {min(room, MAX_WORKERS)} "
+                "are the most for its memory: give it a larger budget or smaller pages"
             )
         sock, child_sock = protocol.pair()
         channel, child_channel = protocol.pair()
@@ -247,7 +256,7 @@ class Server:
             self._try_end(worker)
 
     def _try_end(self, worker: _Worker) -> None:
-        """End a worker once its memory is gone; a process that only closed its socket is served on."""
+        """End a worker once its memory is gone; one that only closed its socket is served on."""
         if worker.attached and not worker.farewell and not self.tables.worker_gone(worker.number):
             ended = bool(select.select([worker.pidfd], [], [], 0)[0])
             if ended and worker not in self._leaving:
@@ -347,7 +356,9 @@ class Server:
         self.tables.failpoint(
             native.FAILPOINT_NAMES.index(message["name"]),
             native.FAILPOINT_ACTIONS.index(message["action"]),
-            int(message["value"]), int(message["skip"]), int(message["limit"]),
+            int(message["value"]),
+            int(message["skip"]),
+            int(message["limit"]),
         )
         if message["action"] == "off":
             self.tables.failpoint_release(native.FAILPOINT_NAMES.index(message["name"]))
@@ -382,7 +393,7 @@ class Server:
             self._finished.get()()
 
     def _pin_room(self, pages: int) -> int:
-        """Return `pages` if so many more may be pinned: the rest must be enough to exchange pages."""
+        """Return `pages` if so many more may be pinned: the rest must be enough for exchange."""
         sizes = self._setup["sizes"]
         limit = sizes["frame_count"] - 2 * sizes["high_frames"] - len(self._workers)
         if self._pinned_pages + pages > limit:
@@ -404,7 +415,9 @@ class Server:
                 self.tables.unpin(o.number, o.generation, first, count, write)
             raise
 
-    def _pinned(self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any) -> None:
+    def _pinned(
+        self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any
+    ) -> None:
         pages = sum(count for _, count in ranges)
         region = worker.regions.get(int(message["address"]))
         if isinstance(result, Exception) or region is None:
@@ -433,7 +446,9 @@ class Server:
             left += self.tables.evict(region.object.number, first, count)
         return left
 
-    def _evicted(self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any) -> None:
+    def _evicted(
+        self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any
+    ) -> None:
         if isinstance(result, Exception):
             self._reply(worker, message, protocol.failure(result))
         else:
@@ -451,7 +466,10 @@ class Server:
     @staticmethod
     def _ranges(region: RegionRecord, ranges: Any) -> list[tuple[int, int]]:
         checked = [(int(first), int(count)) for first, count in ranges]
-        if any(first < 0 or count < 1 or first + count > region.object.pages for first, count in checked):
+        if any(
+            first < 0 or count < 1 or first + count > region.object.pages
+            for first, count in checked
+        ):
             raise ValueError("a range of pages beyond the array")
         return checked
 
@@ -459,7 +477,7 @@ class Server:
 def main() -> None:
     """Run the swapper: the setup is the last argument, as JSON."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # It ends by itself when its workers have; until then their data must not go with a broadcast signal.
+    # It ends by itself when its workers have; a broadcast signal must not take their data before.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Server(json.loads(sys.argv[-1])).run()

@@ -1,7 +1,8 @@
-"""A process's side of a pool: its connection, its userfaultfd, its attendant, and what fork does with them."""
+"""A process's side of a pool: connection, userfaultfd, attendant, and what fork does with them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ _tokens = iter(range(1, 1 << 62))
 
 
 class Attachment:
-    """This process's part in one pool.
+    """The part of this process in one pool.
 
     Safe to use from several threads: one request is under way at a time.
 
@@ -93,19 +94,37 @@ class Attachment:
             if s.slot_count:
                 limit = s.slot_count + s.frame_count - b.reserve_pages
             sizes = {
-                **asdict(b), "frame_count": s.frame_count, "slot_count": s.slot_count, "page_count": page_count,
-                "page_bytes": s.page_size, "commit_limit_pages": limit, "frame_wait_ms": config.FRAME_WAIT_MS,
+                **asdict(b),
+                "frame_count": s.frame_count,
+                "slot_count": s.slot_count,
+                "page_count": page_count,
+                "page_bytes": s.page_size,
+                "commit_limit_pages": limit,
+                "frame_wait_ms": config.FRAME_WAIT_MS,
             }
-            setup = {"name": s.name, "sizes": sizes, "overcommit": s.overcommit,
-                     "control_fd": self.control_fd, "store_fd": self.store_fd, "swap_fd": swap_fd}
+            setup = {
+                "name": s.name,
+                "sizes": sizes,
+                "overcommit": s.overcommit,
+                "control_fd": self.control_fd,
+                "store_fd": self.store_fd,
+                "swap_fd": swap_fd,
+            }
             self._sock, self._channel = self._spawn(setup)
         finally:
             if swap_fd >= 0:
                 os.close(swap_fd)
+        self._make_control_read_only()
         self._empty_fd = self._keep(os.memfd_create("pyswap-empty", os.MFD_CLOEXEC))
         self._sock.settimeout(config.START_TIMEOUT_S)
         self._hello([])
         self._sock.settimeout(None)
+
+    def _make_control_read_only(self) -> None:
+        """Keep a descriptor that cannot write the tables: from here on only the swapper can."""
+        read_only = os.open(f"/proc/self/fd/{self.control_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(read_only, self.control_fd, inheritable=False)
+        os.close(read_only)
 
     def _spawn(self, setup: Message) -> tuple[socket.socket, socket.socket]:
         """Start the swapper; the process that starts it ends at once, and is waited for here."""
@@ -119,7 +138,12 @@ class Attachment:
             package = str(Path(__file__).resolve().parent.parent)
             command = [sys.executable, "-E", "-S", "-c", _BOOT, package, json.dumps(setup)]
             subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds, cwd="/", check=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=fds,
+                cwd="/",
+                check=True,
             )
         except BaseException:
             sock.close()
@@ -193,7 +217,9 @@ class Attachment:
         if self.control is None:
             return Error(f"the swapper of pool {name!r} could not start; its reason is on stderr")
         if self.control.ended():
-            return PoolClosedError(f"pool {name!r} has ended: its creator is gone and no array was left")
+            return PoolClosedError(
+                f"pool {name!r} has ended: its creator is gone and no array was left"
+            )
         return Error(f"the swapper of pool {name!r} died")
 
     # Regions.
@@ -227,18 +253,18 @@ class Attachment:
     def _flush(self) -> None:
         """Tell the swapper of ended regions.
 
-        The garbage collector may come here in the middle of a request of this very thread: then the lock is
-        taken, and who holds it flushes after.
+        The garbage collector may come here in the middle of a request of this very thread: then
+        the lock is taken, and who holds it flushes after.
         """
         while self._pending and self._lock.acquire(blocking=False):
             try:
                 while self._pending:
+                    # Where the pool has ended, the region has ended with it.
+                    with contextlib.suppress(Error):
+                        self._exchange({"op": "remove", "address": self._pending[0][0]}, ())
+                    # Only now, so that an interrupt above leaves it to the next flush.
                     address, mapped = self._pending.popleft()
                     self.regions.pop(address, None)
-                    try:
-                        self._exchange({"op": "remove", "address": address}, ())
-                    except Error:
-                        pass  # The pool has ended, and the region with it.
                     native.unreserve(address, mapped)
             finally:
                 self._lock.release()
@@ -302,7 +328,9 @@ class Attachment:
             try:
                 prepared = self._prepare_fork(self._sock)
             except (Error, MemoryError, OSError) as error:
-                _log.error("pyswap: pool %r: the child will have no arrays: %s", self.settings.name, error)
+                _log.error(
+                    "pyswap: pool %r: the child will have no arrays: %s", self.settings.name, error
+                )
         self._forks[threading.get_ident()] = prepared
 
     def _prepare_fork(self, sock: socket.socket) -> tuple[int, int]:
@@ -317,7 +345,7 @@ class Attachment:
             self._lock.release()
 
     def after_fork_in_parent(self) -> None:
-        """The child has its end of the connection, or there is no child: the swapper will see which."""
+        """Close the child's ends: it has them, or is not there, which the swapper will see."""
         for fd in self._forks.pop(threading.get_ident(), None) or ():
             os.close(fd)
 
@@ -364,8 +392,11 @@ class Attachment:
 
     def _orphan(self, addresses: list[int], why: str) -> None:
         """Have touches of these arrays end in SIGBUS, and say so."""
-        print(f"pyswap: pool {self.settings.name!r}: {why}; touching {len(addresses)} of its arrays is SIGBUS",
-              file=sys.stderr, flush=True)
+        sys.stderr.write(
+            f"pyswap: pool {self.settings.name!r}: {why}; "
+            f"touching {len(addresses)} of its arrays is SIGBUS\n"
+        )
+        sys.stderr.flush()
         for address in addresses:
             native.map_range(address, self.regions[address][3], self._empty_fd, 0, -1)
 
@@ -375,8 +406,8 @@ def _open_uffd() -> tuple[int, bool]:
         return native.open_uffd()
     except OSError as error:
         raise Error(
-            f"userfaultfd is not to be had here ({error.strerror}): pyswap needs Linux 6.4 or newer, and a "
-            "container whose seccomp profile allows the userfaultfd system call"
+            f"userfaultfd is not to be had here ({error.strerror}): pyswap needs Linux 6.4 or "
+            "newer, and a container whose seccomp profile allows the userfaultfd system call"
         ) from None
 
 
@@ -388,8 +419,8 @@ def _probe_store(fd: int, page_bytes: int) -> None:
     native.punch(fd, 0, page_bytes)
     if cost != page_bytes:
         raise Error(
-            f"a page of {page_bytes} bytes takes {cost} bytes of shared memory here, so no budget could be kept: "
-            "set /sys/kernel/mm/transparent_hugepage/shmem_enabled to advise or never"
+            f"a page of {page_bytes} bytes takes {cost} bytes of shared memory here, so no budget "
+            "could be kept: set /sys/kernel/mm/transparent_hugepage/shmem_enabled to advise"
         )
 
 
@@ -408,4 +439,6 @@ def _after_in_child() -> None:
         attachment.after_fork_in_child()
 
 
-os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+os.register_at_fork(
+    before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+)

@@ -181,8 +181,8 @@ cdef inline int fill_allocate(pool_t *pool, page_id page, uint32_t pages) noexce
 cdef inline int fill_read(pool_t *pool, page_id page, slot_id slot, uint32_t pages) noexcept nogil:
     """Read neighbouring slots into neighbouring pages, straight into the store."""
     cdef iovec v
-    cdef int rc = 0, i
-    for i in range(READ_TRIES):
+    cdef int rc = 0, _
+    for _ in range(READ_TRIES):
         rc = failpoint_visit(pool.header, FP_FILL_READ)
         if rc == 0:
             v.iov_base = pool.store + (page << pool.page_shift)
@@ -231,10 +231,10 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
     cdef uint64_t pte, seen
     cdef frame_id f
     cdef frame_t *frame
-    cdef int rc, i
+    cdef int rc, _
     want.filled = False
     want.read = False
-    for i in range(MAX_ROUNDS):
+    for _ in range(MAX_ROUNDS):
         if not life_is(&pool.objects[want.object].word, want.object_generation):
             return -ENOENT
         pte = pte_read(pool, want.page)

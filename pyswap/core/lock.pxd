@@ -112,8 +112,8 @@ ctypedef uint32_t mutex_t       # 0 free, 1 held, 2 held and somebody sleeps
 
 
 cdef inline void mutex_lock(mutex_t *m) noexcept nogil:
-    cdef int spin
-    for spin in range(100):
+    cdef int _
+    for _ in range(100):
         if cas32(m, 0, 1):
             return
         cpu_relax()
