@@ -142,6 +142,8 @@ class Server:
 
     def _serve(self, worker: _Worker) -> None:
         """One request of a worker, or its end."""
+        if self._workers.get(worker.number) is not worker:
+            return
         try:
             message, fds = protocol.receive(worker.sock)
         except ConnectionError:
@@ -248,7 +250,9 @@ class Server:
         return {}, (child_sock.detach(), child_channel.detach())
 
     def _lost(self, worker: _Worker) -> None:
-        """A worker's connection or process has ended."""
+        """A worker's connection or process has ended; both may be told of in one round."""
+        if self._workers.get(worker.number) is not worker:
+            return
         if not worker.silent:
             worker.silent = True
             self._selector.unregister(worker.sock)
