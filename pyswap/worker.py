@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -79,6 +80,7 @@ class Attachment:
     def _start(self) -> None:
         """Make the segments and the swap file, and start the swapper on them."""
         s = self.settings
+        _check_kernel(os.uname().release)
         self.uffd, self.user_only = _open_uffd()
         remove_stale_segments()
         b = config.bounds(s.frame_count, s.page_size)
@@ -399,6 +401,13 @@ class Attachment:
         sys.stderr.flush()
         for address in addresses:
             native.map_range(address, self.regions[address][3], self._empty_fd, 0, -1)
+
+
+def _check_kernel(release: str) -> None:
+    """Refuse kernels that cannot map a page write-protected in one step (UFFDIO_CONTINUE_MODE_WP)."""
+    numbers = [int(n) for n in re.findall(r"\d+", release)[:2]]
+    if numbers < [6, 4]:
+        raise Error(f"pyswap needs Linux 6.4 or newer; this is {release}")
 
 
 def _open_uffd() -> tuple[int, bool]:

@@ -32,7 +32,7 @@ cdef extern from *:
     #define PYSWAP_CONTINUE_MODE_WP ((uint64_t)1 << 1)
     #define PYSWAP_FEATURES (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | \
                              UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
-    #define KERNEL_PAGE_BYTES 4096
+    #define KERNEL_PAGE_BYTES ((uint64_t)sysconf(_SC_PAGESIZE))
 
     static inline int uffd_handshake(int fd) {
         struct uffdio_api api = { .api = UFFD_API, .features = PYSWAP_FEATURES };
@@ -160,7 +160,6 @@ cdef extern from *:
     enum:
         UFFD_PAGEFAULT_FLAG_WRITE
         UFFD_PAGEFAULT_FLAG_WP
-        KERNEL_PAGE_BYTES
     int uffd_open(int *user_only) noexcept nogil
     int uffd_register(int fd, uint64_t address, uint64_t length) noexcept nogil
     int uffd_continue(int fd, uint64_t address, uint64_t length, bint protect, int *existed) noexcept nogil
