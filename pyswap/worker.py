@@ -404,7 +404,7 @@ class Attachment:
 
 
 def _check_kernel(release: str) -> None:
-    """Refuse kernels that cannot map a page write-protected in one step (UFFDIO_CONTINUE_MODE_WP)."""
+    """Refuse kernels that cannot map a page write-protected at once (UFFDIO_CONTINUE_MODE_WP)."""
     numbers = [int(n) for n in re.findall(r"\d+", release)[:2]]
     if numbers < [6, 4]:
         raise Error(f"pyswap needs Linux 6.4 or newer; this is {release}")
