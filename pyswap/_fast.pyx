@@ -10,6 +10,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset, strncpy
+from posix.stdlib cimport posix_memalign
 
 from pyswap.core cimport layout
 from pyswap.core.attendant cimport (
@@ -66,6 +67,7 @@ from pyswap.core.lock cimport (
     load64,
     loadi64,
     now_ns,
+    panic,
     store32,
     store64,
 )
@@ -423,6 +425,7 @@ cdef class Swapper:
         cdef int rc = 0
         with nogil:
             self.want(r, &want)
+            want.buffer = make_buffer(pool.page_bytes)
             while i < count:
                 want.page = pool.regions[r].base + first + i
                 want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
@@ -430,6 +433,7 @@ cdef class Swapper:
                 if rc != 0:
                     break
                 i += 1
+            free(want.buffer)
         if rc != 0:
             self.unpin(pool.regions[r].object, want.object_generation, first, i, write)
             if rc == -12:
@@ -446,10 +450,12 @@ cdef class Swapper:
         want.worker = 0
         want.sleeps = True
         with nogil:
+            want.buffer = make_buffer(pool.page_bytes)
             for i in range(count):
                 want.page = pool.objects[o].base + first + i
                 want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
                 page_unpin(pool, &want, write)
+            free(want.buffer)
 
     cdef void want(self, uint32_t r, wanted_t *want) noexcept nogil:
         cdef region_t *region = &self.pool.regions[r]
@@ -545,7 +551,16 @@ cdef class Swapper:
         raise_errno(file_allocate(self.pool.control_fd, offset, size), "pyswap: no shared memory for the tables")
 
 
+cdef uint8_t *make_buffer(uint64_t size) noexcept nogil:
+    """A thread's own buffer, aligned for O_DIRECT; a swapper without memory for it cannot go on."""
+    cdef void *buffer = NULL
+    if posix_memalign(&buffer, 4096, size) != 0:
+        panic("make_buffer: no memory", size, 0, 0)
+    return <uint8_t *>memset(buffer, 0, size)
+
+
 cdef void fault_loop(pool_t *pool) noexcept nogil:
+    cdef uint8_t *buffer = make_buffer(pool.page_bytes)
     cdef uint64_t data = 0, address = 0, flags = 0
     cdef uint32_t w, generation
     cdef int uffd, n
@@ -563,18 +578,21 @@ cdef void fault_loop(pool_t *pool) noexcept nogil:
         poll_rearm(pool.poll_fd, uffd, data)
         life_drop(&pool.workers[w].word)
         if n == 1:
-            fault_resolve(pool, w, address, flags)
+            fault_resolve(pool, w, address, flags, buffer)
+    free(buffer)
 
 
 cdef void ahead_loop(pool_t *pool) noexcept nogil:
+    cdef uint8_t *buffer = make_buffer(pool.page_bytes * pool.header.chunk_pages)
     cdef request_t request
     cdef uint32_t sequence
     while not load32(&pool.stop):
         sequence = load32(&pool.requests_sequence)
         if request_take(pool, &request):
-            ahead_serve(pool, &request)
+            ahead_serve(pool, &request, buffer)
         else:
             futex_wait(&pool.requests_sequence, sequence, 500_000_000)
+    free(buffer)
 
 
 # A worker's side.

@@ -11,7 +11,7 @@ Who may interleave, and what stops it:
  - a page being filled or evicted by somebody else: the fault leaves word and the thread goes on; it happens
    again after the wake-up
 """
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t, request_t
 from pyswap.core.engine cimport engine_map, engine_poison, engine_unprotect, engine_wake, engine_wake_waiters
@@ -61,7 +61,6 @@ from pyswap.core.layout cimport (
     C_ZERO_FILLS,
     FRAME_NONE,
     MAX_AROUND_PAGES,
-    MAX_BATCH_PAGES,
     PRESENT,
     SLOT_NONE,
     frame_id,
@@ -119,6 +118,7 @@ cdef struct wanted_t:
     page_id page
     worker_id worker            # noted where the page is locked
     bint sleeps                 # sleep for the lock instead (not in a fault thread)
+    uint8_t *buffer             # of a page, aligned for O_DIRECT: this thread's own
     bint filled                 # out: it was not resident
     bint read                   # out: and came from a slot
     uint64_t deadline_ns
@@ -178,14 +178,14 @@ cdef inline int fill_allocate(pool_t *pool, page_id page, uint32_t pages) noexce
     return file_allocate(pool.store_fd, page << pool.page_shift, <uint64_t>pages << pool.page_shift)
 
 
-cdef inline int fill_read(pool_t *pool, page_id page, slot_id slot, uint32_t pages) noexcept nogil:
-    """Read neighbouring slots into neighbouring pages, straight into the store."""
+cdef inline int fill_read(pool_t *pool, slot_id slot, uint32_t pages, uint8_t *buffer) noexcept nogil:
+    """Read neighbouring slots into a buffer of the thread's own."""
     cdef iovec v
     cdef int rc = 0, _
     for _ in range(READ_TRIES):
         rc = failpoint_visit(pool.header, FP_FILL_READ)
         if rc == 0:
-            v.iov_base = pool.store + (page << pool.page_shift)
+            v.iov_base = buffer
             v.iov_len = <uint64_t>pages << pool.page_shift
             count(pool, C_READ_CALLS, 1)
             rc = file_transfer(False, pool.swap_fd, &v, 1, <uint64_t>slot << pool.page_shift)
@@ -196,27 +196,35 @@ cdef inline int fill_read(pool_t *pool, page_id page, slot_id slot, uint32_t pag
     return rc
 
 
-cdef inline void fill_discard(pool_t *pool, frame_id f) noexcept nogil:
-    """A fill whose read failed: the bytes go before the entry does (R5), the slot stays the page's."""
-    cdef frame_t *frame = &pool.frames[f]
-    punch(pool, frame.page, 1)
-    fill_undo(pool, f, False)
+cdef inline int fill_store(pool_t *pool, page_id page, uint32_t pages, uint8_t *buffer) noexcept nogil:
+    """Put bytes into the store: memory for them and their copy in one call, and no page is zeroed first."""
+    cdef iovec v
+    cdef int rc = failpoint_visit(pool.header, FP_FALLOCATE)
+    if rc != 0:
+        return rc
+    v.iov_base = buffer
+    v.iov_len = <uint64_t>pages << pool.page_shift
+    return file_transfer(True, pool.store_fd, &v, 1, page << pool.page_shift)
 
 
-cdef inline int fill_page(pool_t *pool, frame_id f) noexcept nogil:
-    """Bytes for one installed frame: memory, then the slot.  On failure all is undone."""
+cdef inline int fill_page(pool_t *pool, frame_id f, uint8_t *buffer) noexcept nogil:
+    """Bytes for one installed frame.  -EAGAIN: there was no memory for it; on any failure all is undone."""
     cdef frame_t *frame = &pool.frames[f]
     cdef int rc
     failpoint_visit(pool.header, FP_FILL_LOCKED)
-    rc = fill_allocate(pool, frame.page, 1)
+    if frame.slot == SLOT_NONE:
+        rc = fill_allocate(pool, frame.page, 1)
+    else:
+        rc = fill_read(pool, frame.slot, 1, buffer)
+        if rc != 0:
+            fill_undo(pool, f, False)
+            return -EIO
+        rc = fill_store(pool, frame.page, 1, buffer)
     if rc != 0:
+        # What little there was goes before the entry does (R5).
+        punch(pool, frame.page, 1)
         fill_undo(pool, f, True)
         return -EAGAIN
-    if frame.slot != SLOT_NONE:
-        rc = fill_read(pool, frame.page, frame.slot, 1)
-        if rc != 0:
-            fill_discard(pool, f)
-            return rc
     frame_set_present(pool, frame)
     return 0
 
@@ -262,7 +270,7 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
             return -ENOMEM
         if not fill_install(pool, f, want.page, want.object, want.object_generation, pte):
             continue
-        rc = fill_page(pool, f)
+        rc = fill_page(pool, f, want.buffer)
         if rc == -EAGAIN:
             continue
         if rc != 0:
@@ -488,7 +496,9 @@ cdef inline const char *fault_reason(int rc) noexcept nogil:
     return b"its slot could not be read"
 
 
-cdef inline void fault_resolve(pool_t *pool, worker_id worker, uint64_t address, uint64_t flags) noexcept nogil:
+cdef inline void fault_resolve(
+    pool_t *pool, worker_id worker, uint64_t address, uint64_t flags, uint8_t *buffer
+) noexcept nogil:
     cdef region_id r = 0
     cdef uint32_t generation = 0
     cdef region_t *region
@@ -509,6 +519,7 @@ cdef inline void fault_resolve(pool_t *pool, worker_id worker, uint64_t address,
     want.page = region.base + <uint64_t>index
     want.worker = worker
     want.sleeps = False
+    want.buffer = buffer
     want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
     # 2. Readahead first, so that it goes on while this page is read.
     stride = detector_feed(pool, r, index)
@@ -552,7 +563,7 @@ cdef inline uint32_t ahead_claim(
     cdef slot_id first_slot = SLOT_NONE
     cdef bint adjacent = request.stride == 1 or request.stride == -1
     short_of[0] = False
-    while left[0] and n < MAX_BATCH_PAGES:
+    while left[0] and n < pool.header.chunk_pages:
         pte = pte_read(pool, base + <uint64_t>index[0])
         if not pte_is_slot(pte):
             if n:
@@ -578,15 +589,18 @@ cdef inline uint32_t ahead_claim(
     return n
 
 
-cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, bint backwards) noexcept nogil:
+cdef inline void ahead_fill(
+    pool_t *pool, frame_id *frames, uint32_t n, bint backwards, uint8_t *buffer
+) noexcept nogil:
     """One read for the run, then every page present and unlocked."""
     cdef frame_id low = frames[n - 1] if backwards else frames[0]
     cdef page_id page = pool.frames[low].page
     cdef uint32_t i
-    cdef int rc = fill_allocate(pool, page, n)
-    cdef bint offline = rc != 0
+    cdef bint offline = False
+    cdef int rc = fill_read(pool, pool.frames[low].slot, n, buffer)
     if rc == 0:
-        rc = fill_read(pool, page, pool.frames[low].slot, n)
+        rc = fill_store(pool, page, n, buffer)
+        offline = rc != 0
     if rc != 0:
         # Nobody asked for these pages yet; who does will meet the error, or not, alone.
         for i in range(n):
@@ -600,7 +614,7 @@ cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, bint bac
         page_unlock(pool, &pool.frames[frames[i]])
 
 
-cdef inline void ahead_serve(pool_t *pool, request_t *request) noexcept nogil:
+cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) noexcept nogil:
     """Carry out one readahead request, as far as frames are free (R4)."""
     cdef frame_id frames[256]
     cdef uint32_t n, left = request.count
@@ -620,6 +634,6 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request) noexcept nogil:
         n = ahead_claim(pool, request, base, &index, &left, frames, &short_of)
         if n:
             failpoint_visit(pool.header, FP_FILL_LOCKED)
-            ahead_fill(pool, frames, n, request.stride < 0)
+            ahead_fill(pool, frames, n, request.stride < 0, buffer)
     if short_of:
         stream_fell_short(pool, request, index)

@@ -22,7 +22,8 @@ Rules, cited by number in the code:
  R7  A fill belongs to an object: after its frame is in the page table it asks once more whether the object
      lives, and undoes itself if not; the sweep of a dying object starts after the death is visible.
  R8  Nothing in core/ touches a Python object or the GIL.
- R9  Bytes of the store are made only by fallocate, under the lock of the page's frame in FILLING.
+ R9  Bytes of the store are made only by fallocate or write, never by a touch, under the lock of the page's frame in
+     FILLING.
 
 The frame's states, and what is true in each:
 
