@@ -44,6 +44,7 @@ from pyswap.core.frame cimport (
     frames_announce,
     reclaim_kick,
     waiters_t,
+    word_state,
 )
 from pyswap.core.kernel cimport file_transfer, iovec, is_zero
 from pyswap.core.layout cimport (
@@ -62,6 +63,7 @@ from pyswap.core.layout cimport (
     REGION_NONE,
     SLOT_NONE,
     WORKER_WORDS,
+    WRITEBACK,
     frame_id,
     frame_t,
     object_id,
@@ -81,6 +83,7 @@ from pyswap.core.lock cimport (
     futex_wait,
     load32,
     load64,
+    low_half,
     mutex_lock,
     mutex_unlock,
     panic,
@@ -102,6 +105,7 @@ from pyswap.core.swapmap cimport slot_free, slot_use, slots_reserve
 
 cdef enum:
     STEAL_BATCH = 256           # slots taken back from resident pages when the area is full
+    EVICT_TRIES = 300           # rounds of pages_evict() over what somebody else has locked
 
 cdef struct victim_t:
     page_id page                # first: victims are sorted by it
@@ -543,31 +547,69 @@ cdef inline void write_ahead_loop(pool_t *pool) noexcept nogil:
 
 # Asked for by the user.
 
-cdef inline uint32_t pages_evict(pool_t *pool, page_id first, uint32_t n) noexcept nogil:
-    """Evict what can be evicted of a range at once; returns how many pages of it are still resident."""
+cdef inline uint32_t evict_some(
+    pool_t *pool, page_id first, uint32_t n, uint32_t *busy
+) noexcept nogil:
+    """One try at a range: how many of its pages are still resident, and how many were not to be had."""
     cdef victim_t victims[256]
     cdef uint32_t i, found = 0, resident = 0
     cdef uint64_t pte
     cdef frame_id f
-    if n > MAX_BATCH_PAGES:
-        panic("pages_evict: more than a batch", n, first, 0)
+    busy[0] = 0
     for i in range(n):
         pte = pte_read(pool, first + i)
         if not pte_is_frame(pte):
             continue
         f = pte_frame(pte)
-        if victim_lock(pool, f, &victims[found]):
-            if victims[found].page == first + i:
-                frame_unmark(&pool.frames[f], REFERENCED)
-                found += 1
-            else:
-                page_unlock(pool, &pool.frames[f])
+        if not victim_lock(pool, f, &victims[found]):
+            busy[0] += pool.frames[f].pins == 0
+        elif victims[found].page == first + i:
+            frame_unmark(&pool.frames[f], REFERENCED)
+            found += 1
+        else:
+            page_unlock(pool, &pool.frames[f])
     i = found
     victims_drop_clean(pool, victims, &i)
     if i:
         victims_clean(pool, victims, i, True)
     for i in range(n):
         resident += pte_is_frame(pte_read(pool, first + i))
+    return resident
+
+
+cdef inline void evict_wait(pool_t *pool, page_id first, uint32_t n) noexcept nogil:
+    """Wait for one page of a range that is locked or being written out; nothing is held (R4)."""
+    cdef uint32_t i
+    cdef uint64_t pte, word
+    cdef frame_t *frame
+    for i in range(n):
+        pte = pte_read(pool, first + i)
+        if not pte_is_frame(pte):
+            continue
+        frame = &pool.frames[pte_frame(pte)]
+        word = load64(&frame.word)
+        if word & LOCKED:
+            frame_sleep(frame, word, 100_000_000)
+            return
+        if word_state(word) == WRITEBACK:
+            futex_wait(low_half(&frame.word), <uint32_t>word, 1_000_000)
+            return
+
+
+cdef inline uint32_t pages_evict(pool_t *pool, page_id first, uint32_t n) noexcept nogil:
+    """Evict a range now; returns how many pages of it are still resident: pinned, or in use.
+
+    A fault that has been served may still hold the locks of the neighbours that it mapped.
+    """
+    cdef uint32_t busy = 0, resident = 0
+    cdef int i
+    if n > MAX_BATCH_PAGES:
+        panic("pages_evict: more than a batch", n, first, 0)
+    for i in range(EVICT_TRIES):
+        resident = evict_some(pool, first, n, &busy)
+        if busy == 0:
+            break
+        evict_wait(pool, first, n)
     return resident
 
 
