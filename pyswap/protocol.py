@@ -47,11 +47,9 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     ValueError
         If the packet is no message; its descriptors are closed.
     """
-    data, fds, flags, _ = socket.recv_fds(sock, config.MESSAGE_BYTES, 4)
+    data, fds, flags, _ = socket.recv_fds(sock, config.MESSAGE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
     if not data:
         raise ConnectionError("the connection has ended")
-    for fd in fds:
-        os.set_inheritable(fd, False)
     try:
         message = json.loads(data)
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict):
