@@ -37,6 +37,8 @@ OFFLINE_RETRY_S = 1.0
 """How soon frames that found no memory are tried again, in seconds."""
 MESSAGE_BYTES = 1 << 17
 """Longest message between a worker and its swapper."""
+HELLO_REGIONS = 2048
+"""Regions that a forked child tells of in one message."""
 REQUEST_RANGES = 4096
 """Page ranges of one pin or advice; a view that needs more is taken as one range."""
 

@@ -207,15 +207,20 @@ class Server:
         self.tables.worker_begin(worker.number, worker.pid, uffd, os.dup(worker.channel.fileno()))
         worker.attached = True
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._lost(worker))
+        return self._do_inherit(worker, message)
+
+    def _do_inherit(self, worker: _Worker, message: Message) -> Message:
+        """Note a child's regions, a message full at a time; what was promised beyond is dropped."""
         lost = [
             int(a)
             for a, number, generation in message["regions"]
             if not self._inherit(worker, int(a), int(number), int(generation))
         ]
-        for o in worker.promised.values():
-            self.objects.unrefer(o)
-        worker.promised.clear()
-        return {"lost": lost, "frames": self._setup["sizes"]["frame_count"]}
+        if message["last"]:
+            for o in worker.promised.values():
+                self.objects.unrefer(o)
+            worker.promised.clear()
+        return {"lost": lost}
 
     def _inherit(self, worker: _Worker, address: int, number: int, generation: int) -> bool:
         """Note a region that a child mapped again; False where its object is gone."""

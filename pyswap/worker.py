@@ -55,12 +55,14 @@ class Attachment:
         self.settings = settings
         self.token = next(_tokens)
         self.creator_pid = os.getpid()
+        self._pid = os.getpid()  # whose connection this is: in a child, the parent's until the hook
         self.user_only = False
         self.leaving = False
         self.regions: dict[int, tuple[int, int, int, int]] = {}
         self._pending: deque[tuple[int, int]] = deque()
         self._forks: dict[int, tuple[int, int] | None] = {}  # by the thread that forks
         self._lock = threading.Lock()
+        self._leave_lock = threading.Lock()  # taken by who leaves, and never given back
         self._seq = 0
         self._fds: list[int] = []
         self._sock: socket.socket | None = None
@@ -159,18 +161,24 @@ class Attachment:
     def _hello(self, regions: list[tuple[int, int, int]]) -> list[int]:
         """Attach this process: returns the addresses whose arrays are gone."""
         assert self._channel is not None
+        limit = config.HELLO_REGIONS
         pidfd = os.pidfd_open(os.getpid())
         try:
-            message = {"op": "hello", "pid": os.getpid(), "regions": regions}
-            reply = self._exchange(message, (self.uffd, pidfd))
+            message = {"op": "hello", "pid": os.getpid(), "last": len(regions) <= limit}
+            message["regions"] = regions[:limit]
+            lost = list(self._exchange(message, (self.uffd, pidfd))["lost"])
         finally:
             os.close(pidfd)
+        for i in range(limit, len(regions), limit):
+            message = {"op": "inherit", "last": len(regions) <= i + limit}
+            message["regions"] = regions[i : i + limit]
+            lost += self._exchange(message, ())["lost"]
         if self.control is None:
             self.control = native.Control(self.control_fd)
         self._attendant = native.Attendant(
             self.control, self._channel.fileno(), self.uffd, self._empty_fd, self.token
         )
-        return list(reply["lost"])
+        return lost
 
     def _keep(self, fd: int) -> int:
         self._fds.append(fd)
@@ -188,10 +196,11 @@ class Attachment:
         Error
             If the swapper died; else whatever the swapper answers with.
         """
-        with self._lock:
-            reply = self._exchange({"op": op, **fields}, ())
-        self._flush()
-        return reply
+        try:
+            with self._lock:
+                return self._exchange({"op": op, **fields}, ())
+        finally:
+            self._flush()
 
     def _exchange(self, message: Message, fds: tuple[int, ...]) -> Message:
         if self._sock is None:
@@ -258,6 +267,9 @@ class Attachment:
         The garbage collector may come here in the middle of a request of this very thread: then
         the lock is taken, and who holds it flushes after.
         """
+        if os.getpid() != self._pid:
+            # A forked child before its hook: it must not speak for its parent.
+            return
         while self._pending and self._lock.acquire(blocking=False):
             try:
                 while self._pending:
@@ -291,6 +303,8 @@ class Attachment:
         self._flush()
 
     def _leave(self) -> None:
+        if not self._leave_lock.acquire(blocking=False):
+            return
         if self._sock is not None:
             try:
                 with self._lock:
@@ -354,7 +368,22 @@ class Attachment:
     def after_fork_in_child(self) -> None:
         """Become a worker of its own: map everything again, over a userfaultfd of this process."""
         self._lock = threading.Lock()
+        self._leave_lock = threading.Lock()
         prepared = self._forks.pop(threading.get_ident(), None)
+        self._forget_parent()
+        while self._pending:
+            native.unreserve(*self._pending.popleft())
+        # What another thread of the parent was making or ending is nobody's here.
+        self.regions = {a: r for a, r in self.regions.items() if native.owns(a)}
+        if prepared is not None:
+            self._adopt(*prepared)
+        elif self.regions:
+            self._orphan(list(self.regions), "this process was forked without the swapper's help")
+        self._pid = os.getpid()
+        self._flush()
+
+    def _forget_parent(self) -> None:
+        """Close what is the parent's, so that its end is noticed."""
         for other in self._forks.values():
             for fd in other or ():
                 os.close(fd)
@@ -369,14 +398,6 @@ class Attachment:
         if self.uffd >= 0:
             os.close(self.uffd)
             self.uffd = -1
-        for address, mapped in self._pending:
-            native.unreserve(address, mapped)
-            self.regions.pop(address, None)
-        self._pending.clear()
-        if prepared is not None:
-            self._adopt(*prepared)
-        elif self.regions:
-            self._orphan(list(self.regions), "this process was forked without the swapper's help")
 
     def _adopt(self, sock_fd: int, channel_fd: int) -> None:
         self._sock = socket.socket(fileno=sock_fd)
@@ -389,6 +410,10 @@ class Attachment:
         except (Error, OSError) as error:
             self._orphan(list(self.regions), str(error))
             return
+        except BaseException as error:
+            # An interrupt, say.  A touch must not wait for a swapper that may not know of us.
+            self._orphan(list(self.regions), repr(error))
+            raise
         if lost:
             self._orphan(lost, "it was freed while this process was forked")
 
