@@ -207,14 +207,19 @@ def _read(path: str) -> bytes:
 
 
 def _is_foreign(pid: int) -> bool:
-    """True for a process of another user or another test run."""
+    """True for a process of another user or another test run.
+
+    What this run executed carries its mark; what it only forked has the environment that it was
+    started with, as this process has.
+    """
     try:
         if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
             return True
     except OSError:
         return True
-    marks = re.findall(rb"%s=(\w+)" % RUN_VARIABLE.encode(), _read(f"/proc/{pid}/environ"))
-    return bool(marks) and RUN_MARK.encode() not in marks
+    environment = _read(f"/proc/{pid}/environ")
+    is_marked = f"{RUN_VARIABLE}={RUN_MARK}".encode() in environment.split(b"\0")
+    return not is_marked and environment != _read("/proc/self/environ")
 
 
 def _pids() -> list[int]:
@@ -344,7 +349,6 @@ def leftovers(before: set[str], settle_s: float) -> list[str]:
     _end_standard_helpers()
     deadline = time.monotonic() + settle_s
     while True:
-        gc.collect()
         left = [
             entry
             for entry in sorted(snapshot() - before)
@@ -352,6 +356,7 @@ def leftovers(before: set[str], settle_s: float) -> list[str]:
         ]
         if not left or time.monotonic() >= deadline:
             return [_describe(entry) for entry in left]
+        gc.collect()
         time.sleep(SETTLE_POLL_S)
 
 
@@ -400,6 +405,7 @@ def pool() -> Iterator[Any]:
     import pyswap
 
     with pyswap.Pool("8 MiB", "64 MiB", page_size=4096) as made:
+        assert f"swapper {made.swapper_pid}" in _swappers(), "a swapper left behind would be missed"
         yield made
         # A test may have closed it: then there is nothing left to ask.
         with contextlib.suppress(pyswap.PoolClosedError):
