@@ -385,13 +385,13 @@ class Server:
         done = self._pinned if op == "pin" else self._evicted
 
         def finish(result: Any) -> None:
-            self._finished.put(lambda: done(worker, message, ranges, result))
+            self._finished.put(lambda: done(worker, message, region, ranges, result))
             os.write(self._finished_w, b"x")
 
         def run() -> None:
             try:
                 finish(work(region, ranges, bool(message.get("write"))))
-            except (MemoryError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 (the worker waits for an answer)
                 finish(error)
 
         self._service.submit(run)
@@ -419,19 +419,31 @@ class Server:
                 self.tables.pin(region.number, first, count, write)
                 done.append((first, count))
         except BaseException:
-            o = region.object
-            for first, count in done:
-                self.tables.unpin(o.number, o.generation, first, count, write)
+            self._unpin_ranges(region.object, done, write)
             raise
 
+    def _unpin_ranges(self, o: PagedObject, ranges: list[tuple[int, int]], write: bool) -> None:
+        for first, count in ranges:
+            self.tables.unpin(o.number, o.generation, first, count, write)
+
     def _pinned(
-        self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any
+        self,
+        worker: _Worker,
+        message: Message,
+        region: RegionRecord,
+        ranges: list[tuple[int, int]],
+        result: Any,
     ) -> None:
         pages = sum(count for _, count in ranges)
-        region = worker.regions.get(int(message["address"]))
-        if isinstance(result, Exception) or region is None:
+        if isinstance(result, Exception):
             self._pinned_pages -= pages
-            self._reply(worker, message, protocol.failure(result or Error("the array is gone")))
+            self._reply(worker, message, protocol.failure(result))
+            return
+        if worker.regions.get(region.address) is not region:
+            # The worker ended meanwhile, or its array: nobody else would take these pins back.
+            self._pinned_pages -= pages
+            self._unpin_ranges(region.object, ranges, bool(message.get("write")))
+            self._reply(worker, message, protocol.failure(Error("the array is gone")))
             return
         number = int(message["pin"])
         pinned = [(region.object, first, count) for first, count in ranges]
@@ -456,7 +468,12 @@ class Server:
         return left
 
     def _evicted(
-        self, worker: _Worker, message: Message, ranges: list[tuple[int, int]], result: Any
+        self,
+        worker: _Worker,
+        message: Message,
+        region: RegionRecord,
+        ranges: list[tuple[int, int]],
+        result: Any,
     ) -> None:
         if isinstance(result, Exception):
             self._reply(worker, message, protocol.failure(result))
