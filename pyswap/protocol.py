@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from array import array
 from typing import Any
 
 from . import config
@@ -47,7 +48,14 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     ValueError
         If the packet is no message; its descriptors are closed.
     """
-    data, fds, flags, _ = socket.recv_fds(sock, config.MESSAGE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
+    fds = array("i")
+    # Not socket.recv_fds(): it drops its flags, and a descriptor must be closed on exec from the start.
+    data, ancillary, flags, _ = sock.recvmsg(
+        config.MESSAGE_BYTES, socket.CMSG_LEN(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) // fds.itemsize * fds.itemsize])
     if not data:
         raise ConnectionError("the connection has ended")
     try:
@@ -58,7 +66,7 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
         for fd in fds:
             os.close(fd)
         raise
-    return message, fds
+    return message, list(fds)
 
 
 def failure(error: Exception) -> Message:
