@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import select
 import selectors
 import signal
@@ -133,6 +134,9 @@ class Server:
         if time.monotonic() >= self._next_online:
             self._next_online = time.monotonic() + config.OFFLINE_RETRY_S
             self.tables.frames_online(config.BATCH_PAGES)
+            # One that another program replaced may have been looked at by somebody at the time.
+            for worker in [w for w in self._workers.values() if w.silent]:
+                self._try_end(worker)
 
     # Workers.
 
@@ -267,8 +271,7 @@ class Server:
     def _try_end(self, worker: _Worker) -> None:
         """End a worker once its memory is gone; one that only closed its socket is served on."""
         if worker.attached and not worker.farewell and not self.tables.worker_gone(worker.number):
-            ended = bool(select.select([worker.pidfd], [], [], 0)[0])
-            if ended and worker not in self._leaving:
+            if _has_ended(worker.pidfd) and worker not in self._leaving:
                 self._leaving.append(worker)
             return
         if worker in self._leaving:
@@ -500,12 +503,22 @@ class Server:
         return checked
 
 
+def _has_ended(pidfd: int) -> bool:
+    """Whether a process has; select() would not take a descriptor over 1023."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def main() -> None:
     """Run the swapper: the setup is the last argument, as JSON."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # It ends by itself when its workers have; a broadcast signal must not take their data before.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # Five descriptors a worker: the usual soft limit of 1024 would not do for MAX_WORKERS.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     Server(json.loads(sys.argv[-1])).run()
     # The loops are daemon threads, in waits that nothing more will end.
     os._exit(0)
