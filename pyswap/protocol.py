@@ -49,7 +49,7 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
         If the packet is no message; its descriptors are closed.
     """
     fds = array("i")
-    # Not socket.recv_fds(), which drops its flags: descriptors must be closed on exec from the start.
+    # Not socket.recv_fds(): it drops its flags, and these must be closed on exec from the start.
     data, ancillary, flags, _ = sock.recvmsg(
         config.MESSAGE_BYTES, socket.CMSG_LEN(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC
     )
