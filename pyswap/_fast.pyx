@@ -13,6 +13,7 @@ from libc.string cimport memset, strncpy
 from posix.stdlib cimport posix_memalign
 
 from pyswap.core cimport layout
+from pyswap.core.ahead cimport ahead_serve
 from pyswap.core.attendant cimport (
     MAX_LOCAL_RANGES,
     attendant_main,
@@ -28,8 +29,9 @@ from pyswap.core.attendant cimport (
     thread_start,
 )
 from pyswap.core.context cimport attached_t, detector_t, pool_t, request_t
-from pyswap.core.fault cimport ahead_serve, fault_resolve, page_pin, page_unpin, wanted_t
-from pyswap.core.frame cimport frame_set_online, frame_state, word_resident, word_state
+from pyswap.core.evict cimport pages_cool, pages_evict, pages_sweep
+from pyswap.core.fault cimport fault_resolve, page_pin, page_unpin
+from pyswap.core.frame cimport frame_set_online, frame_state, reclaim_kick, word_resident, word_state
 from pyswap.core.kernel cimport (
     file_allocate,
     file_punch,
@@ -71,9 +73,10 @@ from pyswap.core.lock cimport (
     store32,
     store64,
 )
+from pyswap.core.page cimport wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame
 from pyswap.core.readahead cimport request_put, request_take
-from pyswap.core.reclaim cimport pages_cool, pages_evict, pages_sweep, reclaim_kick, reclaim_loop, write_ahead_loop
+from pyswap.core.reclaim cimport reclaim_loop, write_ahead_loop
 from pyswap.core.region cimport (
     life_begin,
     life_drop,

@@ -20,7 +20,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, SupportsIndex, cast
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from ._native import native
 if TYPE_CHECKING:
     from .pool import Pool
 
-__all__ = ["PIN_PIECE_BYTES", "PagedArray"]
+__all__ = ["PIN_PIECE_BYTES", "PagedArray", "paged"]
 
 PIN_PIECE_BYTES = 4 << 20
 """Most bytes of an array that one step of `PagedArray.tofile` pins, or copies."""
@@ -193,6 +193,14 @@ class PagedArray(_Array):
         else:
             with open(os.fspath(fid), "wb", buffering=0) as file:
                 _write_array(self, file.fileno())
+
+
+def paged(
+    region: Any, shape: tuple[int, ...], dtype: np.dtype[Any], order: Literal["C", "F"]
+) -> PagedArray:
+    """Make an array over a region's buffer, which it keeps alive."""
+    make = cast(Callable[..., PagedArray], np.ndarray.__new__)
+    return make(PagedArray, shape, dtype, buffer=region, order=order)
 
 
 def _is_paged(a: _Array) -> bool:

@@ -42,7 +42,8 @@ def overlapped_pages(
     steps = np.zeros(int(high.max() - base) + 2, np.int64)
     np.add.at(steps, low - base, 1)
     np.add.at(steps, high - base + 1, -1)
-    return np.flatnonzero(np.cumsum(steps) > 0) + base
+    found: npt.NDArray[np.int64] = np.flatnonzero(np.cumsum(steps) > 0) + base
+    return found
 
 
 def runs(pages: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import config
 from ._native import native
-from .array import PagedArray
+from .array import PIN_PIECE_BYTES, PagedArray, paged
 from .errors import Error, PoolClosedError
 from .pages import overlapped_pages, runs
 from .settings import resolve
@@ -213,7 +213,7 @@ class Pool:
             )
         label = name or f"array {next(self._array_numbers)}"
         region = self._attachment.new_region(size, f"pool {self.name!r}, {label}")
-        return np.ndarray.__new__(PagedArray, dimensions, kind, buffer=region, order=order)
+        return paged(region, dimensions, kind, order)
 
     def zeros(
         self,
@@ -413,12 +413,12 @@ class Pool:
         return made
 
     def _read_into(self, fd: int, position: int, target: npt.NDArray[np.uint8]) -> None:
-        piece_bytes = max(self.page_size, min(4 << 20, self.memory // 4))
+        piece_bytes = max(self.page_size, min(PIN_PIECE_BYTES, self.memory // 4))
         done = 0
         while done < target.size:
             piece = target[done : done + piece_bytes]
             with self.pin(piece, writable=True):
-                n = os.preadv(fd, [memoryview(piece)], position + done)
+                n = os.preadv(fd, [piece.data], position + done)
             if n == 0:
                 raise EOFError(f"the file ended {target.size - done} bytes early while it was read")
             done += n
@@ -560,7 +560,7 @@ class Pool:
     def _has(self, a: object) -> bool:
         if not isinstance(a, PagedArray):
             return False
-        found = native.find(a.__array_interface__["data"][0])
+        found = native.find(np.asarray(a).__array_interface__["data"][0])
         return found is not None and found[2] == self._attachment.token
 
     def _region_of(self, a: npt.NDArray[Any]) -> tuple[int, int]:

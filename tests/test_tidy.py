@@ -19,6 +19,7 @@ PACKAGE = ROOT / "pyswap"
 CORE = PACKAGE / "core"
 
 LINE_LENGTH = 100
+CYTHON_LINE_LENGTH = 120
 CORE_FILE_LINES = 450
 FUNCTION_LINES = 60
 
@@ -39,10 +40,20 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("1, the engine: what is told to a worker", ("core.engine",)),
-    ("2, steps that several paths share", ("core.page",)),
+    ("1, the store: bytes of pages", ("core.store",)),
+    ("2, steps that several paths share", ("core.page", "core.victim")),
+    ("2, steps made of those", ("core.clean", "core.mapping")),
     (
         "2, paths: verbs over several tables",
-        ("core.attendant", "core.fault", "core.fork", "core.reclaim", "core.takeover"),
+        (
+            "core.ahead",
+            "core.attendant",
+            "core.evict",
+            "core.fault",
+            "core.fork",
+            "core.reclaim",
+            "core.takeover",
+        ),
     ),
     ("3, words of the Python side", ("config", "errors", "extents", "pages", "sizes", "stats")),
     ("3, where Python meets the machinery", ("_fast", "_fast_debug")),
@@ -445,4 +456,5 @@ def test_do_the_types_hold() -> None:
 
 def test_has_cython_lint_nothing_to_say() -> None:
     files = [str(path) for path in sources("*.pyx", "*.pxd")]
-    run_linter("cython-lint", f"--max-line-length={LINE_LENGTH}", *files)
+    # Its limit is in pyproject.toml: types and nogil clauses make longer lines than Python's.
+    run_linter("cython-lint", f"--max-line-length={CYTHON_LINE_LENGTH}", *files)

@@ -8,12 +8,13 @@ Every verb holds the region (R2).  A region that has ended is unmapped already: 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t
-from pyswap.core.frame cimport waiters_t
+from pyswap.core.frame cimport frame_end_lock, waiters_t
 from pyswap.core.kernel cimport uffd_continue, uffd_protect, uffd_wake
 from pyswap.core.layout cimport (
     C_POISONED,
     REGION_NONE,
     WORKER_WORDS,
+    frame_t,
     region_id,
     region_t,
     worker_id,
@@ -126,6 +127,13 @@ cdef inline void engine_wake_waiters(pool_t *pool, waiters_t *waiters) noexcept 
                         engine_wake(pool, r, generation, <int64_t>(waiters.page - region.base))
             bits >>= 1
             worker += 1
+
+
+cdef inline void page_unlock(pool_t *pool, frame_t *frame) noexcept nogil:
+    """Give up a page's lock, and wake who left word."""
+    cdef waiters_t waiters
+    frame_end_lock(pool, frame, False, &waiters)
+    engine_wake_waiters(pool, &waiters)
 
 
 cdef inline void engine_poison(

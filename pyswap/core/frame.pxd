@@ -209,6 +209,11 @@ cdef inline void frame_sleep(frame_t *frame, uint64_t word, uint64_t timeout_ns)
         futex_wait(low_half(&frame.word), <uint32_t>(word | SLEPT_ON), timeout_ns)
 
 
+cdef inline void frame_pause(frame_t *frame, uint64_t word, uint64_t timeout_ns) noexcept nogil:
+    """Sleep while nothing about the frame changes, at most so long: nobody wakes this sleeper."""
+    futex_wait(low_half(&frame.word), <uint32_t>word, timeout_ns)
+
+
 cdef inline bint frame_wait_for(frame_t *frame, uint64_t seen, worker_id worker) noexcept nogil:
     """Leave word that this worker's fault waits for the lock; False when the lock has ended meanwhile.
 

@@ -1,0 +1,101 @@
+"""Readahead requests carried out: runs of neighbouring slots read at once, as far as frames are free (R4).
+
+A page that arrives is resident, unmapped, and marked AHEAD until somebody asks for it.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from pyswap.core.context cimport count, pool_t, request_t
+from pyswap.core.engine cimport page_unlock
+from pyswap.core.frame cimport AHEAD, REFERENCED, frame_claim, frame_mark, frame_set_present
+from pyswap.core.layout cimport C_READAHEAD_PAGES, FRAME_NONE, SLOT_NONE, frame_id, page_id, slot_id
+from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit
+from pyswap.core.page cimport fill_install, fill_read, fill_undo
+from pyswap.core.pagetable cimport pte_is_slot, pte_read, pte_slot
+from pyswap.core.readahead cimport stream_fell_short
+from pyswap.core.region cimport life_is
+from pyswap.core.store cimport store_punch, store_write
+
+cdef inline uint32_t ahead_claim(
+    pool_t *pool, request_t *request, page_id base, int64_t *index, uint32_t *left, frame_id *frames, bint *short_of
+) noexcept nogil:
+    """Claim and install frames for a run of pages in neighbouring slots; moves *index and *left past it."""
+    cdef uint32_t n = 0
+    cdef uint64_t pte
+    cdef frame_id f
+    cdef slot_id first_slot = SLOT_NONE
+    cdef bint adjacent = request.stride == 1 or request.stride == -1
+    short_of[0] = False
+    while left[0] and n < pool.header.chunk_pages:
+        pte = pte_read(pool, base + <uint64_t>index[0])
+        if not pte_is_slot(pte):
+            if n:
+                break
+            index[0] += request.stride
+            left[0] -= 1
+            continue
+        if n and (not adjacent or <int64_t>pte_slot(pte) != <int64_t>first_slot + <int64_t>n * request.stride):
+            break
+        f = frame_claim(pool, pool.header.minimum_frames)
+        if f == FRAME_NONE:
+            short_of[0] = True
+            break
+        if fill_install(pool, f, base + <uint64_t>index[0], request.object, request.generation, pte):
+            if n == 0:
+                first_slot = pte_slot(pte)
+            frames[n] = f
+            n += 1
+        elif n:
+            break
+        index[0] += request.stride
+        left[0] -= 1
+    return n
+
+
+cdef inline void ahead_fill(
+    pool_t *pool, frame_id *frames, uint32_t n, bint backwards, uint8_t *buffer
+) noexcept nogil:
+    """One read for the run, then every page present and unlocked."""
+    cdef frame_id low = frames[n - 1] if backwards else frames[0]
+    cdef page_id page = pool.frames[low].page
+    cdef uint32_t i
+    cdef bint offline = False
+    cdef int rc = fill_read(pool, pool.frames[low].slot, n, buffer)
+    if rc == 0:
+        rc = store_write(pool, page, n, buffer)
+        offline = rc != 0
+    if rc != 0:
+        # Nobody asked for these pages yet; who does will meet the error, or not, alone.
+        for i in range(n):
+            store_punch(pool, pool.frames[frames[i]].page, 1)
+            fill_undo(pool, frames[i], offline)
+        return
+    count(pool, C_READAHEAD_PAGES, n)
+    for i in range(n):
+        frame_set_present(pool, &pool.frames[frames[i]])
+        frame_mark(&pool.frames[frames[i]], AHEAD | REFERENCED)
+        page_unlock(pool, &pool.frames[frames[i]])
+
+
+cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) noexcept nogil:
+    """Carry out one readahead request, as far as frames are free (R4)."""
+    cdef frame_id frames[256]
+    cdef uint32_t n, left = request.count
+    cdef int64_t index = request.first, pages, room
+    cdef page_id base
+    cdef bint short_of = False
+    if not life_is(&pool.objects[request.object].word, request.generation):
+        return
+    base = pool.objects[request.object].base
+    pages = <int64_t>pool.objects[request.object].pages
+    if index < 0 or index >= pages:
+        return
+    room = (pages - 1 - index) // request.stride if request.stride > 0 else index // -request.stride
+    if left > room + 1:
+        left = <uint32_t>(room + 1)
+    while left and not short_of:
+        n = ahead_claim(pool, request, base, &index, &left, frames, &short_of)
+        if n:
+            failpoint_visit(pool.header, FP_FILL_LOCKED)
+            ahead_fill(pool, frames, n, request.stride < 0, buffer)
+    if short_of:
+        stream_fell_short(pool, request, index)

@@ -1,0 +1,285 @@
+"""Cleaning: dirty victims written to neighbouring slots, as write-ahead or on the way out.
+
+    1 protect in every mapping   2 drop the zeros   3 reserve slots   4 WRITEBACK, unlock   5 write
+    6 lock again and publish     7 drop what nobody touched meanwhile, if it is to go
+
+A write between the copy-out and the punch cannot be lost: pages are protected wherever they are mapped before they are
+written, and REDIRTIED, set under the lock before a page becomes writable again, discards the slot.  Locks are
+trylocks while others are held; what could not be locked again after the write is waited for last, one at a
+time (R4).
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from pyswap.core.context cimport count, pool_t
+from pyswap.core.engine cimport engine_protect, page_unlock
+from pyswap.core.frame cimport (
+    DIRTY,
+    REDIRTIED,
+    REFERENCED,
+    frame_has,
+    frame_set_clean,
+    frame_set_dirty,
+    frame_set_present,
+    frame_set_writeback,
+    frame_sleep,
+    frame_state,
+    frame_trylock,
+)
+from pyswap.core.kernel cimport file_transfer, iovec, is_zero
+from pyswap.core.layout cimport (
+    C_REDIRTIED,
+    C_SLOT_STEALS,
+    C_SLOT_WRITES,
+    C_WRITE_CALLS,
+    C_WRITE_ERRORS,
+    PRESENT,
+    REGION_NONE,
+    SLOT_NONE,
+    WORKER_WORDS,
+    frame_t,
+    object_id,
+    region_id,
+    slot_id,
+    worker_id,
+)
+from pyswap.core.lock cimport (
+    FP_CLEAN_PROTECTED,
+    FP_CLEAN_WRITE,
+    FP_CLEAN_WRITTEN,
+    failpoint_visit,
+    load64,
+)
+from pyswap.core.region cimport region_of
+from pyswap.core.swapmap cimport slot_free, slot_use, slots_reserve
+from pyswap.core.victim cimport victim_t, victims_compact, victims_drop, victims_drop_clean
+
+cdef enum:
+    STEAL_BATCH = 256           # slots taken back from resident pages when the area is full
+
+
+cdef inline void mappers_union(pool_t *pool, victim_t *victims, uint32_t n, uint64_t *bits) noexcept nogil:
+    cdef uint32_t i
+    cdef int k
+    for k in range(WORKER_WORDS):
+        bits[k] = 0
+        for i in range(n):
+            bits[k] |= load64(&pool.frames[victims[i].frame].mappers[k])
+
+
+cdef inline bint run_protect(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Write-protect a run of neighbouring pages of one object wherever it may be mapped."""
+    cdef uint64_t bits[4]
+    cdef object_id o = pool.frames[victims[0].frame].object
+    cdef worker_id worker
+    cdef region_id r
+    cdef uint32_t generation = 0
+    cdef int k
+    mappers_union(pool, victims, n, bits)
+    for k in range(WORKER_WORDS):
+        worker = k * 64
+        while bits[k]:
+            if bits[k] & 1:
+                r = region_of(pool, o, worker, &generation)
+                if r != REGION_NONE and engine_protect(
+                    pool, r, generation, <int64_t>(victims[0].page - pool.regions[r].base), n
+                ):
+                    return False
+            bits[k] >>= 1
+            worker += 1
+    return True
+
+
+cdef inline uint32_t victims_protect(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Stop all writes to the victims; one that could not be protected everywhere is given up."""
+    cdef uint32_t i = 0, run, k
+    while i < n:
+        run = 1
+        while (
+            i + run < n
+            and victims[i + run].page == victims[i].page + run
+            and pool.frames[victims[i + run].frame].object == pool.frames[victims[i].frame].object
+        ):
+            run += 1
+        if not run_protect(pool, &victims[i], run):
+            for k in range(run):
+                victims[i + k].kept = True
+                page_unlock(pool, &pool.frames[victims[i + k].frame])
+        i += run
+    return victims_compact(victims, n)
+
+
+cdef inline void victims_find_zero(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """A page of zeros needs no slot.  Only after protection is what is seen here what will be punched."""
+    cdef uint32_t i
+    cdef frame_t *frame
+    for i in range(n):
+        frame = &pool.frames[victims[i].frame]
+        if is_zero(pool.store + (frame.page << pool.page_shift), pool.page_bytes):
+            slot_free(pool, frame.slot)
+            frame.slot = SLOT_NONE
+            frame_set_clean(pool, frame)
+
+
+cdef inline uint32_t slots_steal(pool_t *pool) noexcept nogil:
+    """Take slots back from resident pages when the area is full: they become dirty instead."""
+    cdef uint32_t taken = 0, f
+    cdef frame_t *frame
+    for f in range(<uint32_t>pool.header.frame_count):
+        frame = &pool.frames[f]
+        if frame.slot == SLOT_NONE or not frame_trylock(frame):
+            continue
+        if frame_state(frame) == PRESENT and frame.slot != SLOT_NONE:
+            frame_set_dirty(pool, frame)
+            slot_free(pool, frame.slot)
+            frame.slot = SLOT_NONE
+            taken += 1
+        page_unlock(pool, frame)
+        if taken == STEAL_BATCH:
+            break
+    count(pool, C_SLOT_STEALS, taken)
+    return taken
+
+
+cdef inline uint32_t victims_give_slots(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Reserve slots in the longest runs there are; victims beyond what the area holds are given up."""
+    cdef uint32_t i, got, at = 0
+    cdef slot_id first = 0
+    # A victim's own old slot is no use to it any more: its bytes are newer.
+    while at < n:
+        got = slots_reserve(pool, n - at, &first)
+        if got == 0:
+            for i in range(at, n):
+                slot_free(pool, pool.frames[victims[i].frame].slot)
+                pool.frames[victims[i].frame].slot = SLOT_NONE
+            got = slots_reserve(pool, n - at, &first)
+        if got == 0 and slots_steal(pool):
+            got = slots_reserve(pool, n - at, &first)
+        if got == 0:
+            break
+        for i in range(got):
+            victims[at + i].slot = first + i
+        at += got
+    for i in range(at, n):
+        victims[i].kept = True
+        page_unlock(pool, &pool.frames[victims[i].frame])
+    return victims_compact(victims, n)
+
+
+cdef inline int run_write(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """One call for victims in neighbouring slots; neighbouring pages share a vector element."""
+    cdef iovec v[256]
+    cdef uint32_t i, k = 0
+    cdef int rc
+    for i in range(n):
+        if i and victims[i].page == victims[i - 1].page + 1:
+            v[k - 1].iov_len += pool.page_bytes
+            continue
+        v[k].iov_base = pool.store + (victims[i].page << pool.page_shift)
+        v[k].iov_len = pool.page_bytes
+        k += 1
+    rc = failpoint_visit(pool.header, FP_CLEAN_WRITE)
+    if rc == 0:
+        rc = file_transfer(True, pool.swap_fd, v, <int>k, <uint64_t>victims[0].slot << pool.page_shift)
+    if rc == 0:
+        count(pool, C_SLOT_WRITES, n)
+        count(pool, C_WRITE_CALLS, 1)
+    else:
+        count(pool, C_WRITE_ERRORS, 1)
+    return rc
+
+
+cdef inline void victims_write(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Write runs of neighbouring slots; pages whose write failed lose their slot again and stay dirty."""
+    cdef uint32_t i = 0, run, k
+    while i < n:
+        run = 1
+        while i + run < n and victims[i + run].slot == victims[i].slot + run:
+            run += 1
+        if run_write(pool, &victims[i], run) != 0:
+            for k in range(run):
+                slot_free(pool, victims[i + k].slot)
+                victims[i + k].slot = SLOT_NONE
+        i += run
+
+
+cdef inline bint victim_publish(pool_t *pool, victim_t *victim) noexcept nogil:
+    """Under the lock again: the slot becomes the page's, unless the page was written since.  True: clean."""
+    cdef frame_t *frame = &pool.frames[victim.frame]
+    cdef slot_id old
+    if victim.slot == SLOT_NONE:
+        frame_set_present(pool, frame)
+        return False
+    if frame_has(frame, REDIRTIED):
+        count(pool, C_REDIRTIED, 1)
+        slot_free(pool, victim.slot)
+        frame_set_present(pool, frame)
+        return False
+    old = frame.slot
+    slot_use(pool, victim.slot, frame.page)
+    frame.slot = victim.slot
+    frame_set_clean(pool, frame)
+    frame_set_present(pool, frame)
+    slot_free(pool, old)
+    return True
+
+
+cdef inline bint victim_keep(pool_t *pool, victim_t *victim, bint evict) noexcept nogil:
+    """Whether a page that was just cleaned stays in memory."""
+    cdef frame_t *frame = &pool.frames[victim.frame]
+    return not evict or frame.pins != 0 or frame_has(frame, REFERENCED)
+
+
+cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n, bint evict) noexcept nogil:
+    """Lock again, publish, and drop what is to go; returns how many were cleaned."""
+    cdef victim_t drop[256]
+    cdef uint32_t i, k = 0, cleaned = 0
+    cdef frame_t *frame
+    for i in range(n):
+        frame = &pool.frames[victims[i].frame]
+        if not frame_trylock(frame):
+            continue
+        victims[i].kept = True
+        if victim_publish(pool, &victims[i]):
+            cleaned += 1
+            if not victim_keep(pool, &victims[i], evict):
+                drop[k] = victims[i]
+                k += 1
+                continue
+        page_unlock(pool, frame)
+    victims_drop(pool, drop, k)
+    # A fault held these at the time; nothing is held here now, so they may be waited for.
+    n = victims_compact(victims, n)
+    for i in range(n):
+        frame = &pool.frames[victims[i].frame]
+        while not frame_trylock(frame):
+            frame_sleep(frame, load64(&frame.word), 100_000_000)
+        cleaned += victim_publish(pool, &victims[i])
+        page_unlock(pool, frame)
+    return cleaned
+
+
+cdef inline uint32_t victims_clean(pool_t *pool, victim_t *victims, uint32_t n, bint evict) noexcept nogil:
+    """Write locked dirty victims out; returns how many are clean.  Nothing is locked afterwards."""
+    cdef uint32_t i, zero = n
+    n = victims_protect(pool, victims, n)
+    victims_find_zero(pool, victims, n)
+    if evict:
+        zero = victims_drop_clean(pool, victims, &n)
+    else:
+        zero = 0
+        for i in range(n):
+            if not frame_has(&pool.frames[victims[i].frame], DIRTY):
+                zero += 1
+                victims[i].kept = True
+                page_unlock(pool, &pool.frames[victims[i].frame])
+        n = victims_compact(victims, n)
+    if n == 0:
+        return zero
+    n = victims_give_slots(pool, victims, n)
+    failpoint_visit(pool.header, FP_CLEAN_PROTECTED)
+    for i in range(n):
+        frame_set_writeback(pool, &pool.frames[victims[i].frame])
+        page_unlock(pool, &pool.frames[victims[i].frame])
+    victims_write(pool, victims, n)
+    failpoint_visit(pool.header, FP_CLEAN_WRITTEN)
+    return zero + victims_finish(pool, victims, n, evict)

@@ -1,0 +1,212 @@
+"""Mapping pages whose frames are locked: the one asked for, and what is worth mapping with it.
+
+The order is R3's: the mapper is noted and DIRTY is set before the page becomes reachable or writable.  The frames
+of neighbours are taken by trylock, since the first is held.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from pyswap.core.context cimport count, pool_t
+from pyswap.core.engine cimport engine_map, engine_unprotect, engine_wake, page_unlock
+from pyswap.core.frame cimport (
+    AHEAD,
+    COLD,
+    DIRTY,
+    REFERENCED,
+    frame_claim,
+    frame_has,
+    frame_mark,
+    frame_set_dirty,
+    frame_set_present,
+    frame_state,
+    frame_trylock,
+    frame_unmark,
+)
+from pyswap.core.layout cimport (
+    C_READAHEAD_HITS,
+    FRAME_NONE,
+    PRESENT,
+    frame_id,
+    frame_t,
+    page_id,
+    region_id,
+    region_t,
+    worker_id,
+)
+from pyswap.core.lock cimport load64, or64
+from pyswap.core.page cimport fill_install, fill_undo, wanted_t
+from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
+from pyswap.core.store cimport store_allocate, store_punch
+
+cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
+    frame_mark(frame, REFERENCED)
+    frame_unmark(frame, COLD)
+    if frame_unmark(frame, AHEAD):
+        count(pool, C_READAHEAD_HITS, 1)
+
+
+cdef inline bint maps_writable(frame_t *frame, bint write) noexcept nogil:
+    """A dirty page may be mapped writable at once; one whose bytes are being written may not."""
+    return write or (frame_has(frame, DIRTY) and frame_state(frame) == PRESENT)
+
+
+cdef inline bint is_mapper(frame_t *frame, worker_id worker) noexcept nogil:
+    return (load64(&frame.mappers[worker >> 6]) >> (worker & 63)) & 1
+
+
+cdef inline void add_mapper(frame_t *frame, worker_id worker) noexcept nogil:
+    or64(&frame.mappers[worker >> 6], <uint64_t>1 << (worker & 63))
+
+
+cdef inline int map_run(
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, frame_id *frames, uint32_t n, bint write
+) noexcept nogil:
+    """Map locked frames of consecutive pages in one region."""
+    cdef uint32_t i
+    cdef int existed = 0, rc
+    cdef frame_t *frame
+    cdef bint writable = write
+    for i in range(n):
+        frame = &pool.frames[frames[i]]
+        if write:
+            frame_set_dirty(pool, frame)
+        else:
+            writable = maps_writable(frame, False)
+        add_mapper(frame, pool.regions[r].worker)
+        frame_used(pool, frame)
+    rc = engine_map(pool, r, generation, index, n, writable, &existed)
+    if rc == 0 and existed:
+        # Somebody mapped it before, perhaps protected.
+        if write:
+            return engine_unprotect(pool, r, generation, index, n)
+        for i in range(n):
+            engine_wake(pool, r, generation, index + i)
+    return rc
+
+
+cdef inline uint32_t gather_zero(
+    pool_t *pool, wanted_t *want, uint32_t limit, frame_id *frames
+) noexcept nogil:
+    """Frames for untouched pages from want.page on, filled with zeros and locked: none that must be waited for."""
+    cdef uint32_t n = 0, i
+    cdef uint64_t pte
+    cdef frame_id f
+    while n < limit:
+        pte = pte_read(pool, want.page + n)
+        if pte != 0:
+            break
+        f = frame_claim(pool, pool.header.low_frames)
+        if f == FRAME_NONE:
+            break
+        if not fill_install(pool, f, want.page + n, want.object, want.object_generation, pte):
+            break
+        frames[n] = f
+        n += 1
+    if n and store_allocate(pool, want.page, n) != 0:
+        for i in range(n):
+            store_punch(pool, want.page + i, 1)
+            fill_undo(pool, frames[i], True)
+        return 0
+    for i in range(n):
+        frame_set_present(pool, &pool.frames[frames[i]])
+    return n
+
+
+cdef inline bint neighbour_lock(pool_t *pool, page_id page, worker_id worker, frame_id *got) noexcept nogil:
+    """Lock a resident page that the worker has not mapped yet; a trylock, since another frame is held."""
+    cdef uint64_t pte = pte_read(pool, page)
+    if not pte_is_frame(pte):
+        return False
+    got[0] = pte_frame(pte)
+    if is_mapper(&pool.frames[got[0]], worker) or not frame_trylock(&pool.frames[got[0]]):
+        return False
+    if pte_read(pool, page) != pte:
+        page_unlock(pool, &pool.frames[got[0]])
+        return False
+    return True
+
+
+cdef inline void map_resident(
+    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
+) noexcept nogil:
+    """Map resident neighbours from index on, in runs of one protection, until one is not to be had."""
+    cdef frame_id run[64]
+    cdef uint32_t n = 0, i
+    cdef frame_id f = 0
+    cdef bint writable, run_writable = False
+    cdef int64_t first = index
+    while index < end and neighbour_lock(pool, want.page + n, want.worker, &f):
+        writable = maps_writable(&pool.frames[f], write)
+        if n and writable != run_writable:
+            page_unlock(pool, &pool.frames[f])
+            break
+        run_writable = writable
+        run[n] = f
+        n += 1
+        index += 1
+    if n:
+        map_run(pool, r, generation, first, run, n, write)
+    for i in range(n):
+        page_unlock(pool, &pool.frames[run[i]])
+
+
+cdef inline void map_around(
+    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t stride, bint write
+) noexcept nogil:
+    """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches."""
+    cdef region_t *region = &pool.regions[r]
+    cdef frame_id zeroed[64]
+    cdef uint32_t limit = pool.header.around_pages, n, i
+    cdef int64_t first = index + 1
+    cdef wanted_t near = want[0]
+    if stride < 0:
+        first = index - limit
+        if first < 0:
+            limit = <uint32_t>index
+            first = 0
+    if first + limit > <int64_t>region.pages:
+        limit = <uint32_t>(<int64_t>region.pages - first)
+    if limit == 0:
+        return
+    near.page = region.base + first
+    # Only a stream that writes is taken to write its neighbours too.
+    write = write and stride == 1
+    if stride == 1 and pte_read(pool, near.page) == 0:
+        n = gather_zero(pool, &near, limit, zeroed)
+        if n:
+            map_run(pool, r, generation, first, zeroed, n, write)
+        for i in range(n):
+            page_unlock(pool, &pool.frames[zeroed[i]])
+        return
+    map_resident(pool, &near, r, generation, first, first + limit, write)
+
+
+cdef inline void unprotect_around(
+    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t stride
+) noexcept nogil:
+    """A stream writes pages that it read before: lift the protection of a few more at once."""
+    cdef region_t *region = &pool.regions[r]
+    cdef frame_id run[64]
+    cdef uint32_t n = 0, i, limit = pool.header.around_pages
+    cdef uint64_t pte
+    cdef frame_t *frame
+    if stride != 1:
+        return
+    while n < limit and index + 1 + n < <int64_t>region.pages:
+        pte = pte_read(pool, want.page + 1 + n)
+        if not pte_is_frame(pte):
+            break
+        frame = &pool.frames[pte_frame(pte)]
+        if frame_has(frame, DIRTY) or not is_mapper(frame, want.worker) or not frame_trylock(frame):
+            break
+        run[n] = pte_frame(pte)
+        n += 1
+        if pte_read(pool, want.page + n) != pte:
+            n -= 1
+            page_unlock(pool, frame)
+            break
+        frame_set_dirty(pool, frame)
+        frame_used(pool, frame)
+    if n:
+        engine_unprotect(pool, r, generation, index + 1, n)
+    for i in range(n):
+        page_unlock(pool, &pool.frames[run[i]])

@@ -1,0 +1,202 @@
+"""A page's frame, locked and resident: by locking it, by filling it, or by leaving word.
+
+    fill_*          install a claimed frame, read its slot, put the bytes into the store
+    page_acquire    what faults, pins and unpins come through
+
+Who may interleave, and what stops it:
+ - two fills of one page: the compare-and-swap of the entry; the loser frees its frame and starts again
+ - an eviction between reading the entry and locking: the entry is read again under the lock
+ - the end of the object: R7
+ - somebody else who fills or evicts the page: the caller leaves word, or sleeps for the lock
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from pyswap.core.context cimport count, pool_t
+from pyswap.core.engine cimport engine_wake_waiters, page_unlock
+from pyswap.core.frame cimport (
+    frame_claim_wait,
+    frame_set_free,
+    frame_set_offline,
+    frame_set_present,
+    frame_sleep,
+    frame_trylock,
+    frame_wait_for,
+    waiters_t,
+)
+from pyswap.core.kernel cimport file_transfer, iovec
+from pyswap.core.layout cimport (
+    C_FILL_WAITS,
+    C_READ_CALLS,
+    C_READ_ERRORS,
+    C_SLOT_READS,
+    FRAME_NONE,
+    SLOT_NONE,
+    frame_id,
+    frame_t,
+    object_id,
+    page_id,
+    slot_id,
+    worker_id,
+)
+from pyswap.core.lock cimport FP_FILL_LOCKED, FP_FILL_READ, failpoint_visit, load64, now_ns
+from pyswap.core.pagetable cimport (
+    pte_change,
+    pte_frame,
+    pte_is_frame,
+    pte_make_frame,
+    pte_make_slot,
+    pte_read,
+    pte_slot,
+)
+from pyswap.core.region cimport life_is
+from pyswap.core.store cimport store_allocate, store_punch, store_write
+
+cdef extern from *:
+    int EIO
+    int ENOENT
+    int EAGAIN
+    int ENOMEM
+
+cdef enum:
+    READ_TRIES = 3
+    MAX_ROUNDS = 100000         # restarts of one fault: each means that somebody else made progress
+
+
+cdef enum acquired:
+    ACQUIRED = 0
+    NOTED = 1                   # somebody else has the page; the worker will be woken
+
+
+cdef struct wanted_t:
+    object_id object
+    uint32_t object_generation
+    page_id page
+    worker_id worker            # noted where the page is locked
+    bint sleeps                 # sleep for the lock instead (not in a fault thread)
+    uint8_t *buffer             # of a page, aligned for O_DIRECT: this thread's own
+    bint filled                 # out: it was not resident
+    bint read                   # out: and came from a slot
+    uint64_t deadline_ns
+
+
+cdef inline void fill_undo(pool_t *pool, frame_id f, bint offline) noexcept nogil:
+    """Put the page back where it was.  The entry may be wiped meanwhile, when its object was swept."""
+    cdef frame_t *frame = &pool.frames[f]
+    cdef waiters_t waiters
+    pte_change(pool, frame.page, pte_make_frame(f), pte_make_slot(frame.slot))
+    if offline:
+        frame_set_offline(pool, f, &waiters)
+    else:
+        frame_set_free(pool, f, &waiters)
+    engine_wake_waiters(pool, &waiters)
+
+
+cdef inline bint fill_install(
+    pool_t *pool, frame_id f, page_id page, object_id o, uint32_t generation, uint64_t pte
+) noexcept nogil:
+    """Make a claimed frame the page's, in FILLING; False: the frame is free again."""
+    cdef frame_t *frame = &pool.frames[f]
+    cdef waiters_t waiters
+    frame.page = page
+    frame.object = o
+    frame.slot = pte_slot(pte)
+    if not pte_change(pool, page, pte, pte_make_frame(f)):
+        frame_set_free(pool, f, &waiters)
+        engine_wake_waiters(pool, &waiters)
+        return False
+    if not life_is(&pool.objects[o].word, generation):
+        # R7: the sweep of a dying object looks at the page table only after the death is visible.
+        fill_undo(pool, f, False)
+        return False
+    return True
+
+
+cdef inline int fill_read(pool_t *pool, slot_id slot, uint32_t pages, uint8_t *buffer) noexcept nogil:
+    """Read neighbouring slots into a buffer of the thread's own."""
+    cdef iovec v
+    cdef int rc = 0, _
+    for _ in range(READ_TRIES):
+        rc = failpoint_visit(pool.header, FP_FILL_READ)
+        if rc == 0:
+            v.iov_base = buffer
+            v.iov_len = <uint64_t>pages << pool.page_shift
+            count(pool, C_READ_CALLS, 1)
+            rc = file_transfer(False, pool.swap_fd, &v, 1, <uint64_t>slot << pool.page_shift)
+        if rc == 0:
+            count(pool, C_SLOT_READS, pages)
+            return 0
+        count(pool, C_READ_ERRORS, 1)
+    return rc
+
+
+cdef inline int fill_page(pool_t *pool, frame_id f, uint8_t *buffer) noexcept nogil:
+    """Bytes for one installed frame.  -EAGAIN: there was no memory for it; on any failure all is undone."""
+    cdef frame_t *frame = &pool.frames[f]
+    cdef int rc
+    failpoint_visit(pool.header, FP_FILL_LOCKED)
+    if frame.slot == SLOT_NONE:
+        rc = store_allocate(pool, frame.page, 1)
+    else:
+        rc = fill_read(pool, frame.slot, 1, buffer)
+        if rc != 0:
+            fill_undo(pool, f, False)
+            return -EIO
+        rc = store_write(pool, frame.page, 1, buffer)
+    if rc != 0:
+        # What little there was goes before the entry does (R5).
+        store_punch(pool, frame.page, 1)
+        fill_undo(pool, f, True)
+        return -EAGAIN
+    frame_set_present(pool, frame)
+    return 0
+
+
+cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexcept nogil:
+    """The page's frame, locked and resident (ACQUIRED); NOTED; or -errno, with nothing held.
+
+    -ENOENT: the object is gone.  -ENOMEM: no frame became free in time.  Else: the slot could not be read.
+    """
+    cdef uint64_t pte, seen
+    cdef frame_id f
+    cdef frame_t *frame
+    cdef int rc, _
+    want.filled = False
+    want.read = False
+    for _ in range(MAX_ROUNDS):
+        if not life_is(&pool.objects[want.object].word, want.object_generation):
+            return -ENOENT
+        pte = pte_read(pool, want.page)
+        if pte_is_frame(pte):
+            f = pte_frame(pte)
+            frame = &pool.frames[f]
+            seen = load64(&frame.word)
+            if pte_read(pool, want.page) != pte:
+                continue
+            if frame_trylock(frame):
+                if pte_read(pool, want.page) == pte:
+                    got[0] = f
+                    return ACQUIRED
+                page_unlock(pool, frame)
+            elif want.sleeps:
+                frame_sleep(frame, seen, 100_000_000)
+                if now_ns() > want.deadline_ns:
+                    return -ENOMEM
+            elif frame_wait_for(frame, seen, want.worker):
+                count(pool, C_FILL_WAITS, 1)
+                return NOTED
+            continue
+        f = frame_claim_wait(pool, want.deadline_ns)
+        if f == FRAME_NONE:
+            return -ENOMEM
+        if not fill_install(pool, f, want.page, want.object, want.object_generation, pte):
+            continue
+        rc = fill_page(pool, f, want.buffer)
+        if rc == -EAGAIN:
+            continue
+        if rc != 0:
+            return rc
+        want.filled = True
+        want.read = pool.frames[f].slot != SLOT_NONE
+        got[0] = f
+        return ACQUIRED
+    return -ENOMEM

@@ -1,0 +1,149 @@
+"""Victims: frames locked to be evicted, and the eviction of clean ones (R5).
+
+A fault that meets a locked victim leaves word, and is woken when the frame is given up.  A refill between punch and
+entry cannot be: the entry names the frame, which is locked, until the punch is done.
+"""
+from libc.stdint cimport uint32_t
+
+from pyswap.core.context cimport count, pool_t
+from pyswap.core.engine cimport engine_wake_waiters, page_unlock
+from pyswap.core.frame cimport (
+    DIRTY,
+    frame_has,
+    frame_set_evicting,
+    frame_set_free,
+    frame_state,
+    frame_trylock,
+    frames_announce,
+    waiters_t,
+)
+from pyswap.core.layout cimport (
+    C_EVICTIONS,
+    C_ZERO_DROPS,
+    FRAME_NONE,
+    PRESENT,
+    SLOT_NONE,
+    frame_id,
+    frame_t,
+    page_id,
+    slot_id,
+)
+from pyswap.core.lock cimport (
+    FP_EVICT_ENTRY,
+    FP_EVICT_PUNCHED,
+    failpoint_visit,
+    load64,
+    mutex_lock,
+    mutex_unlock,
+    panic,
+)
+from pyswap.core.pagetable cimport pte_change, pte_make_frame, pte_make_slot, pte_read
+from pyswap.core.store cimport store_punch
+
+cdef struct victim_t:
+    page_id page                # first: victims are sorted by it
+    frame_id frame
+    slot_id slot                # reserved for the write
+    bint kept                   # no longer a victim: unlocked, or left for another time
+
+
+cdef inline int compare_victims(const void *a, const void *b) noexcept nogil:
+    cdef page_id p = (<victim_t *>a).page, q = (<victim_t *>b).page
+    return -1 if p < q else 1 if p > q else 0
+
+
+cdef inline uint32_t victims_compact(victim_t *victims, uint32_t n) noexcept nogil:
+    cdef uint32_t i, kept = 0
+    for i in range(n):
+        if not victims[i].kept:
+            victims[kept] = victims[i]
+            kept += 1
+    return kept
+
+
+cdef inline bint cold_put(pool_t *pool, frame_id f) noexcept nogil:
+    cdef bint room
+    mutex_lock(&pool.cold_lock)
+    room = pool.cold_tail - pool.cold_head < pool.header.frame_count
+    if room:
+        pool.cold[pool.cold_tail % pool.header.frame_count] = f
+        pool.cold_tail += 1
+    mutex_unlock(&pool.cold_lock)
+    return room
+
+
+cdef inline frame_id cold_take(pool_t *pool) noexcept nogil:
+    cdef frame_id f = <frame_id>FRAME_NONE
+    mutex_lock(&pool.cold_lock)
+    if pool.cold_tail != pool.cold_head:
+        f = pool.cold[pool.cold_head % pool.header.frame_count]
+        pool.cold_head += 1
+    mutex_unlock(&pool.cold_lock)
+    return f
+
+
+cdef inline bint victim_lock(pool_t *pool, frame_id f, victim_t *victim) noexcept nogil:
+    """Lock a frame that may be evicted: present, unpinned."""
+    cdef frame_t *frame = &pool.frames[f]
+    if not frame_trylock(frame):
+        return False
+    if frame_state(frame) != PRESENT or frame.pins:
+        page_unlock(pool, frame)
+        return False
+    if pte_read(pool, frame.page) != pte_make_frame(f):
+        panic("victim_lock: present, but not in the page table", f, frame.page, load64(&frame.word))
+    victim.page = frame.page
+    victim.frame = f
+    victim.slot = SLOT_NONE
+    victim.kept = False
+    return True
+
+
+cdef inline void victims_punch(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """One call for each run of neighbouring pages."""
+    cdef uint32_t i = 0, run
+    while i < n:
+        run = 1
+        while i + run < n and victims[i + run].page == victims[i].page + run:
+            run += 1
+        store_punch(pool, victims[i].page, run)
+        i += run
+
+
+cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Evict locked, clean, unpinned pages; victims are sorted by page."""
+    cdef uint32_t i
+    cdef frame_t *frame
+    cdef waiters_t waiters
+    if n == 0:
+        return
+    for i in range(n):
+        frame_set_evicting(pool, &pool.frames[victims[i].frame])
+    victims_punch(pool, victims, n)
+    failpoint_visit(pool.header, FP_EVICT_PUNCHED)
+    for i in range(n):
+        frame = &pool.frames[victims[i].frame]
+        if not pte_change(pool, frame.page, pte_make_frame(victims[i].frame), pte_make_slot(frame.slot)):
+            panic("victims_drop: the entry named another frame", victims[i].frame, frame.page, 0)
+        if frame.slot == SLOT_NONE:
+            count(pool, C_ZERO_DROPS, 1)
+    failpoint_visit(pool.header, FP_EVICT_ENTRY)
+    count(pool, C_EVICTIONS, n)
+    for i in range(n):
+        frame_set_free(pool, victims[i].frame, &waiters)
+        engine_wake_waiters(pool, &waiters)
+    frames_announce(pool)
+
+
+cdef inline uint32_t victims_drop_clean(pool_t *pool, victim_t *victims, uint32_t *n) noexcept nogil:
+    """Evict the victims that need no write; leaves the dirty ones, in order."""
+    cdef victim_t clean[256]
+    cdef uint32_t i, dropped = 0
+    for i in range(n[0]):
+        if not frame_has(&pool.frames[victims[i].frame], DIRTY):
+            clean[dropped] = victims[i]
+            dropped += 1
+            victims[i].kept = True
+    n[0] = victims_compact(victims, n[0])
+    victims_drop(pool, clean, dropped)
+    return dropped
