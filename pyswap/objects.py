@@ -39,6 +39,7 @@ class RegionRecord:
     number: int
     address: int
     object: PagedObject
+    advice: int = 0
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Objects:
         # Its page ids stay taken until the last region is gone.
         self._tables.object_sweep(o.number)
 
-    def map(self, worker: int, o: PagedObject, address: int) -> RegionRecord:
+    def map(self, worker: int, o: PagedObject, address: int, advice: int = 0) -> RegionRecord:
         """Note a region, over a reference that the caller has added."""
         number = self._region_numbers.take("mappings")
         try:
@@ -153,7 +154,14 @@ class Objects:
         except BaseException:
             self._region_numbers.returned.append(number)
             raise
-        return RegionRecord(number, address, o)
+        region = RegionRecord(number, address, o)
+        self.advise(region, advice)
+        return region
+
+    def advise(self, region: RegionRecord, advice: int) -> None:
+        """Set how a region's faults feed readahead; forked children begin with it."""
+        region.advice = advice
+        self._tables.region_advise(region.number, advice)
 
     def unmap(self, regions: Iterable[RegionRecord]) -> None:
         """End regions that their process has unmapped, or that went with it."""

@@ -471,7 +471,7 @@ class Pool:
             "willneed": read it ahead, as far as frames are free. "dontneed": evict it first, when
             memory is needed; no byte changes. "pageout": evict it now; what is pinned or being
             written to stays. "sequential", "random", "normal": how faults of the whole array feed
-            readahead from now on, in this process.
+            readahead from now on, in this process and in those it forks later.
 
         Raises
         ------

@@ -46,12 +46,15 @@ class _Pin:
 
 @dataclass
 class _Worker:
-    """One attached process, or the place kept for a child that is being forked."""
+    """One attached process, or the place kept for a child that is being forked.
+
+    `promised` has the object and the advice of what a child will map, by address.
+    """
 
     number: int
     sock: socket.socket
     channel: socket.socket
-    promised: dict[int, PagedObject] = field(default_factory=dict)
+    promised: dict[int, tuple[PagedObject, int]] = field(default_factory=dict)
     regions: dict[int, RegionRecord] = field(default_factory=dict)
     pins: dict[int, _Pin] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
@@ -221,14 +224,14 @@ class Server:
             if not self._inherit(worker, int(a), int(number), int(generation))
         ]
         if message["last"]:
-            for o in worker.promised.values():
+            for o, _ in worker.promised.values():
                 self.objects.unrefer(o)
             worker.promised.clear()
         return {"lost": lost}
 
     def _inherit(self, worker: _Worker, address: int, number: int, generation: int) -> bool:
         """Note a region that a child mapped again; False where its object is gone."""
-        o = worker.promised.pop(address, None)
+        o, advice = worker.promised.pop(address, (None, 0))
         if o is None or (o.number, o.generation) != (number, generation):
             if o is not None:
                 self.objects.unrefer(o)
@@ -237,7 +240,7 @@ class Server:
             if o is None or o.generation != generation or o.released:
                 return False
             self.objects.refer(o)
-        worker.regions[address] = self.objects.map(worker.number, o, address)
+        worker.regions[address] = self.objects.map(worker.number, o, address, advice)
         return True
 
     def _fork(self, worker: _Worker) -> tuple[Message, tuple[int, ...]]:
@@ -254,7 +257,7 @@ class Server:
         child = _Worker(number, sock, channel)
         for address, region in worker.regions.items():
             self.objects.refer(region.object)
-            child.promised[address] = region.object
+            child.promised[address] = region.object, region.advice
         self._expect(child)
         return {}, (child_sock.detach(), child_channel.detach())
 
@@ -285,7 +288,7 @@ class Server:
         regions = list(worker.regions.values())
         worker.regions.clear()
         self.objects.unmap(regions)
-        for o in worker.promised.values():
+        for o, _ in worker.promised.values():
             self.objects.unrefer(o)
         if worker.attached:
             self.tables.worker_end(worker.number)
@@ -327,7 +330,7 @@ class Server:
         advice = message["advice"]
         region = self._region(worker, message["address"])
         if advice in _ADVICE:
-            self.tables.region_advise(region.number, _ADVICE[advice])
+            self.objects.advise(region, _ADVICE[advice])
             return {}
         work = {"willneed": self.tables.prefetch, "dontneed": self.tables.cool}.get(advice)
         if work is None:
