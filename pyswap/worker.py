@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,12 @@ class Attachment:
             _log.debug("pyswap: close: %s", error)
         self.leaving = True
         self._flush()
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Nobody closed the pool, but no array of it is left either.  At the interpreter's end the
+        # process's end says the rest.
+        if not is_finalizing() and self._sock is not None and os.getpid() == self._pid:
+            self._leave()
 
     def _leave(self) -> None:
         if not self._leave_lock.acquire(blocking=False):
