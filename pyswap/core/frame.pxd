@@ -298,11 +298,13 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
     if f == FRAME_NONE:
         return f
     frame = &pool.frames[f]
-    word = load64(&frame.word)
-    if word_state(word) != FREE or word & LOCKED:
-        panic("frame_claim: the free list names a frame in use", f, word, frame.page)
-    if not cas64(&frame.word, word, (((word >> 32) + 1) << 32) | FILLING | LOCKED):
-        panic("frame_claim: two claims of one frame", f, word, frame.page)
+    while True:
+        word = load64(&frame.word)
+        if word_state(word) != FREE or word & LOCKED:
+            panic("frame_claim: the free list names a frame in use", f, word, frame.page)
+        # A flag may come in between: who cools pages marks what an entry named a moment ago.
+        if cas64(&frame.word, word, (((word >> 32) + 1) << 32) | FILLING | LOCKED):
+            break
     addi64(&pool.header.state_count[FREE], -1)
     addi64(&pool.header.state_count[FILLING], 1)
     for i in range(WORKER_WORDS):
