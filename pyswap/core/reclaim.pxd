@@ -100,7 +100,7 @@ cdef inline void reclaim_loop(pool_t *pool) noexcept nogil:
     while not load32(&pool.stop):
         sequence = load32(&pool.header.reclaim_sequence)
         free = load32(&pool.free_count)
-        if free < pool.header.low_frames and not load32(&pool.pressed):
+        if free <= pool.header.low_frames and not load32(&pool.pressed):
             # The write-ahead thread starts with us.
             store32(&pool.pressed, 1)
             reclaim_kick(pool)
