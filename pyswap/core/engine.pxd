@@ -20,7 +20,7 @@ from pyswap.core.layout cimport (
     worker_id,
 )
 from pyswap.core.order cimport ORDER_POISON, order_send, poison_text
-from pyswap.core.region cimport life_drop, life_hold, region_of
+from pyswap.core.region cimport life_drop, life_hold, region_of, region_over
 
 cdef extern from *:
     int ENOENT
@@ -121,10 +121,14 @@ cdef inline void engine_wake_waiters(pool_t *pool, waiters_t *waiters) noexcept 
         while bits:
             if bits & 1:
                 r = region_of(pool, waiters.object, worker, &generation)
+                if r == REGION_NONE or not (
+                    pool.regions[r].base <= waiters.page < pool.regions[r].base + pool.regions[r].pages
+                ):
+                    # A fill that was too late for its object, and is undone, held the page of another.
+                    r = region_over(pool, worker, waiters.page, &generation)
                 if r != REGION_NONE:
                     region = &pool.regions[r]
-                    if region.base <= waiters.page < region.base + region.pages:
-                        engine_wake(pool, r, generation, <int64_t>(waiters.page - region.base))
+                    engine_wake(pool, r, generation, <int64_t>(waiters.page - region.base))
             bits >>= 1
             worker += 1
 

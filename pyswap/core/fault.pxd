@@ -29,7 +29,7 @@ from pyswap.core.lock cimport FP_MAP_BEFORE, failpoint_visit, now_ns
 from pyswap.core.mapping cimport frame_used, map_around, map_run, unprotect_around
 from pyswap.core.page cimport NOTED, page_acquire, wanted_t
 from pyswap.core.readahead cimport detector_feed
-from pyswap.core.region cimport region_find
+from pyswap.core.region cimport region_copy, region_find
 
 cdef extern from *:
     int EIO
@@ -78,7 +78,7 @@ cdef inline void fault_resolve(
 ) noexcept nogil:
     cdef region_id r = 0
     cdef uint32_t generation = 0
-    cdef region_t *region
+    cdef region_t region
     cdef wanted_t want
     cdef frame_id f = 0
     cdef int64_t index, stride
@@ -86,10 +86,11 @@ cdef inline void fault_resolve(
     cdef bint mapped = (flags & UFFD_PAGEFAULT_FLAG_WP) != 0
     cdef int rc
     # 1. Which page of which object.  A region that ends from here on makes the verbs below do nothing.
-    if not region_find(pool, worker, address, &r, &generation):
+    if not region_find(pool, worker, address, &r, &generation) or not region_copy(
+        pool, r, generation, &region
+    ):
         uffd_wake(pool.attached[worker].uffd, address & ~(pool.page_bytes - 1), pool.page_bytes)
         return
-    region = &pool.regions[r]
     index = <int64_t>((address - region.address) >> pool.page_shift)
     want.object = region.object
     want.object_generation = region.object_generation
@@ -113,11 +114,11 @@ cdef inline void fault_resolve(
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
         rc = engine_unprotect(pool, r, generation, index, 1)
-        unprotect_around(pool, &want, r, generation, index, stride)
+        unprotect_around(pool, &want, r, &region, index, stride)
     else:
         rc = map_run(pool, r, generation, index, &f, 1, write)
         if region.advice != ADVICE_RANDOM:
-            map_around(pool, &want, r, generation, index, stride, write)
+            map_around(pool, &want, r, &region, index, stride, write)
     if rc != 0:
         # The mapping or its process is going away: what is left of it may fault again.
         engine_wake(pool, r, generation, index)

@@ -35,6 +35,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
+from pyswap.core.region cimport life_generation
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -150,10 +151,10 @@ cdef inline void map_resident(
 
 
 cdef inline void map_around(
-    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t stride, bint write
+    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t stride, bint write
 ) noexcept nogil:
     """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches."""
-    cdef region_t *region = &pool.regions[r]
+    cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id zeroed[64]
     cdef uint32_t limit = pool.header.around_pages, n, i
     cdef int64_t first = index + 1
@@ -181,10 +182,10 @@ cdef inline void map_around(
 
 
 cdef inline void unprotect_around(
-    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t stride
+    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t stride
 ) noexcept nogil:
     """A stream writes pages that it read before: lift the protection of a few more at once."""
-    cdef region_t *region = &pool.regions[r]
+    cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id run[64]
     cdef uint32_t n = 0, i, limit = pool.header.around_pages
     cdef uint64_t pte

@@ -12,7 +12,7 @@ gone.  Users hold across ioctls only, never across I/O or a wait, so that wait i
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport attached_t, pool_t
-from pyswap.core.layout cimport REGION_NONE, object_id, region_id, region_t, worker_id
+from pyswap.core.layout cimport REGION_NONE, object_id, page_id, region_id, region_t, worker_id
 from pyswap.core.lock cimport cas64, cpu_relax, load32, load64, mutex_lock, mutex_unlock, store64
 
 cdef extern from *:
@@ -100,6 +100,34 @@ cdef inline bint region_find(
             hit = True
     mutex_unlock(&a.lock)
     return hit
+
+
+cdef inline bint region_copy(pool_t *pool, region_id r, uint32_t generation, region_t *copy) noexcept nogil:
+    """A copy of a region's record, which may be another's once nobody holds it; False when it has ended."""
+    if not life_hold(&pool.regions[r].word, generation):
+        return False
+    copy[0] = pool.regions[r]
+    life_drop(&pool.regions[r].word)
+    return True
+
+
+cdef inline region_id region_over(
+    pool_t *pool, worker_id worker, page_id page, uint32_t *generation
+) noexcept nogil:
+    """The worker's region that a page id is in, of whatever object: looked for one by one."""
+    cdef attached_t *a = &pool.attached[worker]
+    cdef region_t *region
+    cdef region_id r = REGION_NONE
+    cdef uint32_t i
+    mutex_lock(&a.lock)
+    for i in range(a.count):
+        region = &pool.regions[a.regions[i]]
+        if region.base <= page < region.base + region.pages:
+            r = a.regions[i]
+            generation[0] = life_generation(&region.word)
+            break
+    mutex_unlock(&a.lock)
+    return r
 
 
 cdef inline void region_insert(pool_t *pool, worker_id worker, region_id r) noexcept nogil:
