@@ -83,6 +83,7 @@ from pyswap.core.region cimport (
     life_end,
     life_generation,
     life_hold,
+    region_copy,
     region_insert,
     region_withdraw,
 )
@@ -377,7 +378,8 @@ cdef class Swapper:
     # Regions.
 
     def region_begin(self, uint32_t r, uint32_t w, uint32_t o, uint64_t address):
-        """Note where a worker maps an object, before it can touch it."""
+        """Note where a worker maps an object, before it can touch it; returns the region's generation."""
+        cdef uint32_t generation
         cdef pool_t *pool = self.pool
         cdef region_t *region = &pool.regions[r]
         cdef attached_t *a = &pool.attached[w]
@@ -400,9 +402,10 @@ cdef class Swapper:
         region.object_generation = life_generation(&pool.objects[o].word)
         region.worker = w
         region.advice = layout.ADVICE_NORMAL
-        life_begin(&region.word)
+        generation = life_begin(&region.word)
         store32(&pool.mapped[o][w], r)
         region_insert(pool, w, r)
+        return generation
 
     def region_end(self, uint32_t r):
         """The worker has unmapped it, or is gone; returns when no thread uses it any more."""
@@ -419,18 +422,24 @@ cdef class Swapper:
 
     # What users ask for; these may take long, and release the GIL.
 
-    def pin(self, uint32_t r, uint64_t first, uint64_t count, bint write):
+    def pin(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count, bint write):
         """Make pages resident, mapped and pinned; all or none.  Raises MemoryError or OSError."""
         cdef pool_t *pool = self.pool
         cdef wanted_t want
+        cdef region_t region
         cdef uint64_t i = 0
-        cdef uint32_t generation = life_generation(&pool.regions[r].word)
         cdef int rc = 0
+        memset(&region, 0, sizeof(region))
+        if not region_copy(pool, r, generation, &region):
+            raise_errno(-ESRCH, "the array is gone")
         with nogil:
-            self.want(r, &want)
+            want.object = region.object
+            want.object_generation = region.object_generation
+            want.worker = region.worker
+            want.sleeps = True
             want.buffer = make_buffer(pool.page_bytes)
             while i < count:
-                want.page = pool.regions[r].base + first + i
+                want.page = region.base + first + i
                 want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
                 rc = page_pin(pool, &want, r, generation, <int64_t>(first + i), write)
                 if rc != 0:
@@ -438,7 +447,7 @@ cdef class Swapper:
                 i += 1
             free(want.buffer)
         if rc != 0:
-            self.unpin(pool.regions[r].object, want.object_generation, first, i, write)
+            self.unpin(region.object, want.object_generation, first, i, write)
             if rc == -12:
                 raise MemoryError("the pinned range does not fit: no frame became free in time")
             raise_errno(rc, "a page of the range could not be read")
@@ -459,13 +468,6 @@ cdef class Swapper:
                 want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
                 page_unpin(pool, &want, write)
             free(want.buffer)
-
-    cdef void want(self, uint32_t r, wanted_t *want) noexcept nogil:
-        cdef region_t *region = &self.pool.regions[r]
-        want.object = region.object
-        want.object_generation = region.object_generation
-        want.worker = region.worker
-        want.sleeps = True
 
     def prefetch(self, uint32_t o, uint64_t first, uint64_t count):
         """Queue reading pages that are in swap; returns how many pages' requests found room."""
@@ -709,7 +711,11 @@ cdef class Region:
 
     def __del__(self):
         # At interpreter exit memory stays mapped: daemon threads may still use it, and the process ends anyway.
-        if self.ended or sys.is_finalizing():
+        try:
+            if self.ended or sys.is_finalizing():
+                return
+        except AttributeError:
+            # So late that even sys is empty.
             return
         self.ended = True
         range_remove(&ranges, self.address)

@@ -37,6 +37,7 @@ class RegionRecord:
     """One process's mapping of an object."""
 
     number: int
+    generation: int
     address: int
     object: PagedObject
     advice: int = 0
@@ -150,11 +151,11 @@ class Objects:
         """Note a region, over a reference that the caller has added."""
         number = self._region_numbers.take("mappings")
         try:
-            self._tables.region_begin(number, worker, o.number, address)
+            generation = self._tables.region_begin(number, worker, o.number, address)
         except BaseException:
             self._region_numbers.returned.append(number)
             raise
-        region = RegionRecord(number, address, o)
+        region = RegionRecord(number, generation, address, o)
         self.advise(region, advice)
         return region
 

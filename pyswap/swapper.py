@@ -422,7 +422,7 @@ class Server:
         done: list[tuple[int, int]] = []
         try:
             for first, count in ranges:
-                self.tables.pin(region.number, first, count, write)
+                self.tables.pin(region.number, region.generation, first, count, write)
                 done.append((first, count))
         except BaseException:
             self._unpin_ranges(region.object, done, write)
