@@ -11,6 +11,7 @@ A frame's word, changed only by compare-and-swap of the whole:
     bit  8     REFERENCED  touched since the hand last passed
     bit  9     AHEAD       read ahead and not yet asked for
     bit  10    COLD        to be evicted first
+    bit  11    PASSED      the hand has met it AHEAD, and left it one more turn to be asked for
     bits 32-63 generation, one more at every claim
 
 To use: frame_claim() or frame_trylock(), then the setters, then frame_unlock() or frame_set_free().
@@ -63,6 +64,7 @@ cdef enum:
     REFERENCED = 1 << 8
     AHEAD = 1 << 9
     COLD = 1 << 10
+    PASSED = 1 << 11
 
 cdef struct waiters_t:          # whom to wake once a lock has ended
     uint64_t bits[4]

@@ -12,11 +12,14 @@ from pyswap.core.clean cimport victims_clean
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport page_unlock
 from pyswap.core.frame cimport (
+    AHEAD,
     COLD,
     DIRTY,
     LOCKED,
+    PASSED,
     REFERENCED,
     frame_has,
+    frame_mark,
     frame_state,
     frame_unmark,
     reclaim_kick,
@@ -33,7 +36,7 @@ from pyswap.core.victim cimport (
 
 cdef inline uint32_t victims_choose(pool_t *pool, victim_t *victims, uint32_t wanted) noexcept nogil:
     """Up to `wanted` locked victims, sorted by page so that neighbours go out together."""
-    cdef uint32_t n = 0, visits = 0, limit = <uint32_t>(2 * pool.header.frame_count + wanted)
+    cdef uint32_t n = 0, visits = 0, limit = <uint32_t>(3 * pool.header.frame_count + wanted)
     cdef frame_id f
     cdef frame_t *frame
     while n < wanted:
@@ -49,6 +52,9 @@ cdef inline uint32_t victims_choose(pool_t *pool, victim_t *victims, uint32_t wa
         if frame_has(frame, LOCKED) or frame_state(frame) != PRESENT:
             continue
         if frame_unmark(frame, REFERENCED) or frame.pins:
+            continue
+        # What was read ahead gets a turn more: where all was referenced, the hand comes round at once.
+        if frame_has(frame, AHEAD) and frame_mark(frame, PASSED):
             continue
         if victim_lock(pool, f, &victims[n]):
             n += 1
