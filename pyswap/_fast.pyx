@@ -28,10 +28,17 @@ from pyswap.core.attendant cimport (
     ranges_t,
     thread_start,
 )
-from pyswap.core.context cimport attached_t, detector_t, pool_t, request_t
+from pyswap.core.context cimport attached_t, detector_t, pool_t, request_t, starved_t
 from pyswap.core.evict cimport pages_cool, pages_evict, pages_sweep
-from pyswap.core.fault cimport fault_resolve, page_pin, page_unpin
-from pyswap.core.frame cimport frame_set_online, frame_state, reclaim_kick, word_resident, word_state
+from pyswap.core.fault cimport fault_resolve, page_pin, page_unpin, starved_take
+from pyswap.core.frame cimport (
+    frame_forget_mapper,
+    frame_set_online,
+    frame_state,
+    reclaim_kick,
+    word_resident,
+    word_state,
+)
 from pyswap.core.kernel cimport (
     file_allocate,
     file_punch,
@@ -42,7 +49,6 @@ from pyswap.core.kernel cimport (
     uffd_open,
     uffd_protect,
     uffd_read,
-    uffd_register,
 )
 from pyswap.core.layout cimport (
     FAILPOINTS,
@@ -256,6 +262,12 @@ cdef class Swapper:
         with nogil:
             fault_loop(pool)
 
+    def starved_loop(self):
+        """Resolve the faults that found no free frame, waiting for one."""
+        cdef pool_t *pool = self.pool
+        with nogil:
+            starved_loop(pool)
+
     def readahead_loop(self):
         """Carry out readahead requests."""
         cdef pool_t *pool = self.pool
@@ -313,9 +325,12 @@ cdef class Swapper:
         """Detach a process whose regions have all ended."""
         cdef pool_t *pool = self.pool
         cdef attached_t *a = &pool.attached[w]
+        cdef uint32_t f
         life_end(&pool.workers[w].word)
         if a.count:
             raise AssertionError(f"worker {w} still has {a.count} regions")
+        for f in range(<uint32_t>pool.header.frame_count):
+            frame_forget_mapper(&pool.frames[f], w)
         poll_remove(pool.poll_fd, a.uffd)
         os.close(a.uffd)
         os.close(a.channel)
@@ -357,8 +372,11 @@ cdef class Swapper:
         """The array is over: no page of it is filled from here on."""
         life_end(&self.pool.objects[o].word)
 
-    def object_sweep(self, uint32_t o):
-        """Free an ended object's pages; returns how many were busy and need another sweep."""
+    def object_sweep(self, uint32_t o, bint last):
+        """Free an ended object's pages; returns how many were busy and need another sweep.
+
+        The last sweep gives the memory of its page table entries back: nobody may look at them any more.
+        """
         cdef pool_t *pool = self.pool
         cdef object_t *object = &pool.objects[o]
         cdef uint64_t at = 0, held = 0, n
@@ -369,8 +387,7 @@ cdef class Swapper:
                     n = MAX_BATCH_PAGES
                 held += pages_sweep(pool, object.base + at, <uint32_t>n)
                 at += n
-            if held == 0:
-                # Its table entries are all empty: their memory goes back too.
+            if held == 0 and last:
                 file_punch(pool.control_fd, pool.header.offset_pages + object.base * 8,
                            (object.pages * 8 + 4095) & ~<uint64_t>4095)
         return held
@@ -437,6 +454,7 @@ cdef class Swapper:
             want.object_generation = region.object_generation
             want.worker = region.worker
             want.sleeps = True
+            want.patient = True
             want.buffer = make_buffer(pool.page_bytes)
             while i < count:
                 want.page = region.base + first + i
@@ -461,6 +479,7 @@ cdef class Swapper:
         want.object_generation = generation
         want.worker = 0
         want.sleeps = True
+        want.patient = True
         with nogil:
             want.buffer = make_buffer(pool.page_bytes)
             for i in range(count):
@@ -583,7 +602,20 @@ cdef void fault_loop(pool_t *pool) noexcept nogil:
         poll_rearm(pool.poll_fd, uffd, data)
         life_drop(&pool.workers[w].word)
         if n == 1:
-            fault_resolve(pool, w, address, flags, buffer)
+            fault_resolve(pool, w, address, flags, buffer, False)
+    free(buffer)
+
+
+cdef void starved_loop(pool_t *pool) noexcept nogil:
+    cdef uint8_t *buffer = make_buffer(pool.page_bytes)
+    cdef starved_t fault
+    cdef uint32_t sequence
+    while not load32(&pool.stop):
+        sequence = load32(&pool.starved_sequence)
+        if starved_take(pool, &fault):
+            fault_resolve(pool, fault.worker, fault.address, fault.flags, buffer, True)
+        else:
+            futex_wait(&pool.starved_sequence, sequence, 500_000_000)
     free(buffer)
 
 
@@ -667,9 +699,7 @@ def punch(int fd, uint64_t offset, uint64_t size):
 
 def map_range(uint64_t address, uint64_t size, int fd, uint64_t offset, int uffd):
     """Map a file over reserved addresses and register them, so that the swapper resolves every fault."""
-    raise_errno(range_map(address, size, fd, offset), "mmap of an array")
-    if uffd >= 0:
-        raise_errno(uffd_register(uffd, address, size), "userfaultfd registration of an array")
+    raise_errno(range_map(address, size, fd, offset, uffd), "mapping an array")
 
 
 cdef class Region:
@@ -747,6 +777,10 @@ cdef class Attendant:
     def detach(self):
         """Announce that the end of the channel is in good order."""
         store32(&self.state.detached, 1)
+
+    def orphaned(self):
+        """Whether the swapper died."""
+        return bool(load32(&self.state.orphaned))
 
     def join(self):
         """Wait for the thread; its channel has been shut down."""

@@ -9,6 +9,8 @@ STORE_BYTES = 1 << 44
 
 FAULT_THREADS = 4
 """Threads that resolve faults, and so reads of single pages in flight."""
+STARVED_THREADS = 4
+"""Threads that resolve the faults for which no frame was free, and wait for one."""
 READAHEAD_THREADS = 4
 """Threads that read ahead, each with one request of up to CHUNK_BYTES in flight."""
 SERVICE_THREADS = 2
@@ -81,5 +83,5 @@ def bounds(frame_count: int, page_bytes: int) -> Bounds:
         window_pages=window,
         chunk_pages=max(4, min(BATCH_PAGES, CHUNK_BYTES // page_bytes, window // 2)),
         around_pages=max(4, min(AROUND_PAGES, AROUND_BYTES // page_bytes, frame_count // 16)),
-        reserve_pages=batch + FAULT_THREADS + READAHEAD_THREADS + SERVICE_THREADS,
+        reserve_pages=batch + FAULT_THREADS + STARVED_THREADS + READAHEAD_THREADS + SERVICE_THREADS,
     )

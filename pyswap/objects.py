@@ -145,7 +145,7 @@ class Objects:
         """End an object for every process that still maps it."""
         self._end(o)
         # Its page ids stay taken until the last region is gone.
-        self._tables.object_sweep(o.number)
+        self._tables.object_sweep(o.number, last=False)
 
     def map(self, worker: int, o: PagedObject, address: int, advice: int = 0) -> RegionRecord:
         """Note a region, over a reference that the caller has added."""
@@ -175,7 +175,7 @@ class Objects:
         """Free the pages of ended objects; False while some of them are busy."""
         busy = []
         for o in self._ending:
-            if self._tables.object_sweep(o.number):
+            if self._tables.object_sweep(o.number, last=True):
                 busy.append(o)
             else:
                 del self.live[o.number]

@@ -115,6 +115,7 @@ class Server:
     def _start_threads(self) -> None:
         loops = (
             [self.tables.fault_loop] * config.FAULT_THREADS
+            + [self.tables.starved_loop] * config.STARVED_THREADS
             + [self.tables.readahead_loop] * config.READAHEAD_THREADS
             + [self.tables.reclaim_loop, self.tables.write_ahead_loop]
         )
@@ -240,7 +241,11 @@ class Server:
             if o is None or o.generation != generation or o.released:
                 return False
             self.objects.refer(o)
-        worker.regions[address] = self.objects.map(worker.number, o, address, advice)
+        try:
+            worker.regions[address] = self.objects.map(worker.number, o, address, advice)
+        except BaseException:
+            self.objects.unrefer(o)
+            raise
         return True
 
     def _fork(self, worker: _Worker) -> tuple[Message, tuple[int, ...]]:
@@ -443,6 +448,7 @@ class Server:
         pages = sum(count for _, count in ranges)
         if isinstance(result, Exception):
             self._pinned_pages -= pages
+            worker.cancelled.discard(int(message["pin"]))
             self._reply(worker, message, protocol.failure(result))
             return
         if worker.regions.get(region.address) is not region:

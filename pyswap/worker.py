@@ -251,11 +251,15 @@ class Attachment:
         self.regions[address] = (int(reply["object"]), int(reply["generation"]), offset, mapped)
         try:
             native.map_range(address, mapped, self.store_fd, offset, self.uffd)
-            return native.Region(self, address, mapped, size, self.token)
+            region = native.Region(self, address, mapped, size, self.token)
         except BaseException:
             native.reserve_again(address, mapped)
             self.region_ended(address, mapped)
             raise
+        # A swapper that died before the range was noted has had no attendant see to it.
+        if self._attendant is None or self._attendant.orphaned():
+            raise self._ended()
+        return region
 
     def region_ended(self, address: int, mapped: int) -> None:
         """Called when nothing refers to a region any more; its addresses are reserved still."""
@@ -347,7 +351,8 @@ class Attachment:
     def before_fork(self) -> None:
         """Have the swapper keep a place for the child, with references for all it inherits."""
         prepared = None
-        if self._sock is not None:
+        ended = self.control is not None and self.control.ended()
+        if self._sock is not None and not ended:
             try:
                 prepared = self._prepare_fork(self._sock)
             except (Error, MemoryError, OSError) as error:
@@ -426,11 +431,14 @@ class Attachment:
 
     def _orphan(self, addresses: list[int], why: str) -> None:
         """Have touches of these arrays end in SIGBUS, and say so."""
-        sys.stderr.write(
+        if not addresses:
+            return
+        line = (
             f"pyswap: pool {self.settings.name!r}: {why}; "
             f"touching {len(addresses)} of its arrays is SIGBUS\n"
         )
-        sys.stderr.flush()
+        # Not through sys.stderr: a thread of the parent may have held its lock at the fork.
+        os.write(2, line.encode())
         for address in addresses:
             native.map_range(address, self.regions[address][3], self._empty_fd, 0, -1)
 

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.kernel cimport uffd_wake
 from pyswap.core.layout cimport header_t
-from pyswap.core.lock cimport load32, mutex_lock, mutex_t, mutex_unlock
+from pyswap.core.lock cimport load32, mutex_lock, mutex_t, mutex_unlock, store32
 from pyswap.core.order cimport order_take, pyswap_order
 
 cdef extern from *:
@@ -37,14 +37,17 @@ cdef extern from *:
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (address ? MAP_FIXED : 0), -1, 0);
         return p == MAP_FAILED ? NULL : p;
     }
-    /* Maps a file over a reserved range: not inherited by fork, not dumped. */
-    static inline int range_map(uint64_t address, uint64_t bytes, int fd, uint64_t offset) {
-        if (mmap((void *)address, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+    /* Maps a file over a reserved range, registered unless uffd is -1: not inherited by fork, not dumped.
+       Nothing may be touched before it is registered, not by mlockall(MCL_FUTURE) either: hence PROT_NONE. */
+    static inline int range_map(uint64_t address, uint64_t bytes, int fd, uint64_t offset, int uffd) {
+        int rc;
+        if (mmap((void *)address, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
                  fd, (off_t)offset) == MAP_FAILED) return -errno;
         if (madvise((void *)address, bytes, MADV_DONTFORK) < 0) return -errno;
         madvise((void *)address, bytes, MADV_DONTDUMP);
         madvise((void *)address, bytes, MADV_NOHUGEPAGE);
-        return 0;
+        if (uffd >= 0 && (rc = uffd_register(uffd, address, bytes)) != 0) return rc;
+        return mprotect((void *)address, bytes, PROT_READ | PROT_WRITE) < 0 ? -errno : 0;
     }
     static inline void say(const char *text, size_t n) { if (write(2, text, n) < 0) { /* nobody listens */ } }
     """
@@ -52,7 +55,7 @@ cdef extern from *:
     int thread_start(pthread_t *t, void *(*entry)(void *) noexcept nogil, void *arg) noexcept nogil
     int pthread_join(pthread_t t, void **value) noexcept nogil
     void *range_reserve(uint64_t address, uint64_t bytes) noexcept nogil
-    int range_map(uint64_t address, uint64_t bytes, int fd, uint64_t offset) noexcept nogil
+    int range_map(uint64_t address, uint64_t bytes, int fd, uint64_t offset, int uffd) noexcept nogil
     void say(const char *text, size_t n) noexcept nogil
     enum:
         MAX_LOCAL_RANGES
@@ -76,6 +79,7 @@ cdef struct attendant_t:
     int empty_fd                # a file of no bytes: what is mapped from it answers with SIGBUS
     uint64_t token
     uint32_t detached           # this process leaves in good order
+    uint32_t orphaned           # the swapper died
     pthread_t thread
 
 
@@ -131,31 +135,38 @@ cdef inline void range_remove(ranges_t *ranges, uint64_t address) noexcept nogil
     mutex_unlock(&ranges.lock)
 
 
+cdef inline void range_poison(attendant_t *a, uint64_t address, uint64_t bytes) noexcept nogil:
+    """Touches of the range end in SIGBUS from here on; under ranges.lock, so that it is still ours."""
+    range_map(address, bytes, a.empty_fd, 0, -1)
+    uffd_wake(a.uffd, address, bytes)
+
+
 cdef inline void attendant_poison(attendant_t *a, uint64_t address, uint64_t bytes) noexcept nogil:
-    """Touches of the range end in SIGBUS from here on; only where it is still ours."""
+    """Obey an order; the array may have ended since it was given."""
     cdef range_t *entry
     mutex_lock(&a.ranges.lock)
     entry = range_find(a.ranges, address)
     if entry != NULL and entry.token == a.token:
-        range_map(address, bytes, a.empty_fd, 0)
-        uffd_wake(a.uffd, address, bytes)
+        range_poison(a, address, bytes)
     mutex_unlock(&a.ranges.lock)
 
 
 cdef inline void attendant_orphaned(attendant_t *a) noexcept nogil:
     """The swapper is gone without a word: what it held cannot be had any more, and nobody may hang on it."""
-    cdef uint32_t i = 0
+    cdef uint32_t i
     cdef const char *text = b"pyswap: the pool's swapper died; its arrays answer with SIGBUS from here on\n"
-    cdef range_t entry
     cdef bint said = False
-    while i < a.ranges.count:
-        entry = a.ranges.entries[i]
-        if entry.token == a.token:
-            if not said:
-                say(text, strlen(text))
-                said = True
-            attendant_poison(a, entry.address, entry.bytes)
-        i += 1
+    # Whoever adds a range looks at this after; whoever added one before is met by the walk.
+    store32(&a.orphaned, 1)
+    mutex_lock(&a.ranges.lock)
+    for i in range(a.ranges.count):
+        if a.ranges.entries[i].token != a.token:
+            continue
+        if not said:
+            say(text, strlen(text))
+            said = True
+        range_poison(a, a.ranges.entries[i].address, a.ranges.entries[i].bytes)
+    mutex_unlock(&a.ranges.lock)
 
 
 cdef inline void *attendant_main(void *argument) noexcept nogil:

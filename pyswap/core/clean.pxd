@@ -48,6 +48,7 @@ from pyswap.core.lock cimport (
     FP_CLEAN_WRITTEN,
     failpoint_visit,
     load64,
+    loadi64,
 )
 from pyswap.core.region cimport region_of
 from pyswap.core.swapmap cimport slot_free, slot_use, slots_reserve
@@ -258,9 +259,36 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
     return cleaned
 
 
+cdef inline bint slots_left(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Whether any slot can be had for a batch; makes some by giving up those that hold older bytes."""
+    cdef uint32_t i
+    if loadi64(&pool.header.slots_used) < <int64_t>pool.header.slot_count:
+        return True
+    for i in range(n):
+        slot_free(pool, pool.frames[victims[i].frame].slot)
+        pool.frames[victims[i].frame].slot = SLOT_NONE
+    if loadi64(&pool.header.slots_used) < <int64_t>pool.header.slot_count:
+        return True
+    return slots_steal(pool) != 0
+
+
+cdef inline uint32_t victims_keep_unless_zero(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Without a slot only zeros can leave: protecting the others would cost their writers a fault for nothing."""
+    cdef uint32_t i
+    cdef frame_t *frame
+    for i in range(n):
+        frame = &pool.frames[victims[i].frame]
+        if not is_zero(pool.store + (frame.page << pool.page_shift), pool.page_bytes):
+            victims[i].kept = True
+            page_unlock(pool, frame)
+    return victims_compact(victims, n)
+
+
 cdef inline uint32_t victims_clean(pool_t *pool, victim_t *victims, uint32_t n, bint evict) noexcept nogil:
     """Write locked dirty victims out; returns how many are clean.  Nothing is locked afterwards."""
-    cdef uint32_t i, zero = n
+    cdef uint32_t i, zero
+    if not slots_left(pool, victims, n):
+        n = victims_keep_unless_zero(pool, victims, n)
     n = victims_protect(pool, victims, n)
     victims_find_zero(pool, victims, n)
     if evict:

@@ -13,6 +13,7 @@ from pyswap.core.layout cimport (
     region_id,
     region_t,
     slot_t,
+    worker_id,
     worker_t,
 )
 from pyswap.core.lock cimport add64, mutex_t
@@ -20,6 +21,7 @@ from pyswap.core.lock cimport add64, mutex_t
 cdef enum:
     STREAMS = 8                 # access streams followed in one region
     REQUESTS = 1024             # readahead requests that may wait
+    STARVED_FAULTS = 1024       # faults that may wait for a frame without a thread
 
 cdef struct stream_t:
     int64_t last                # page index of the latest fault that belonged to it
@@ -44,6 +46,11 @@ cdef struct request_t:
     region_id region            # whose stream to tell when frames ran out; REGION_NONE: nobody's
     uint32_t stream
     uint32_t stream_generation
+
+cdef struct starved_t:          # a fault that found no free frame
+    worker_id worker
+    uint64_t address
+    uint64_t flags
 
 cdef struct attached_t:         # the swapper's own side of one worker
     mutex_t lock                # guards the three below
@@ -91,6 +98,12 @@ cdef struct pool_t:
     uint32_t requests_tail
     request_t requests[1024]
     uint32_t requests_sequence  # futex
+
+    mutex_t starved_lock        # guards the three below
+    uint32_t starved_head
+    uint32_t starved_tail
+    starved_t starved[1024]
+    uint32_t starved_sequence   # futex
 
     attached_t attached[256]
     detector_t **detectors      # by region id

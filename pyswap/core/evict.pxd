@@ -38,7 +38,7 @@ from pyswap.core.pagetable cimport (
     pte_slot,
 )
 from pyswap.core.swapmap cimport slot_free
-from pyswap.core.victim cimport cold_put, victim_lock, victim_t, victims_drop, victims_drop_clean
+from pyswap.core.victim cimport cold_put, victim_lock, victim_t, victims_drop_clean, victims_free
 
 cdef enum:
     EVICT_TRIES = 300           # rounds of pages_evict() over what somebody else has locked
@@ -157,5 +157,5 @@ cdef inline uint32_t pages_sweep(pool_t *pool, page_id first, uint32_t n) noexce
         victims[found].page = first + i
         victims[found].frame = pte_frame(pte)
         found += 1
-    victims_drop(pool, victims, found)
+    victims_free(pool, victims, found)
     return held

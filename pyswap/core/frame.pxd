@@ -19,9 +19,8 @@ Do not keep a frame number across an unlock: look it up in the page table again.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport count, pool_t
+from pyswap.core.context cimport pool_t
 from pyswap.core.layout cimport (
-    C_FRAME_WAITS,
     EVICTING,
     FILLING,
     FRAME_NONE,
@@ -40,6 +39,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport (
     add32,
     addi64,
+    and64,
     cas64,
     futex_wait,
     futex_wake,
@@ -317,13 +317,17 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
     return f
 
 
+cdef inline void frame_forget_mapper(frame_t *frame, worker_id worker) noexcept nogil:
+    """The worker's memory is gone: its number will be another's."""
+    and64(&frame.mappers[worker >> 6], ~(<uint64_t>1 << (worker & 63)))
+
+
 cdef inline frame_id frame_claim_wait(pool_t *pool, uint64_t deadline_ns) noexcept nogil:
     """As frame_claim(), waiting for reclaim; the caller holds nothing (R4).  FRAME_NONE at the deadline."""
     cdef frame_id f = frame_claim(pool, 0)
     cdef uint32_t sequence
     if f != FRAME_NONE:
         return f
-    count(pool, C_FRAME_WAITS, 1)
     while True:
         sequence = load32(&pool.header.free_sequence)
         f = frame_claim(pool, 0)

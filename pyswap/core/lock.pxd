@@ -37,6 +37,7 @@ cdef extern from *:
     static inline uint64_t swap64(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
     static inline uint32_t swap32(uint32_t *p, uint32_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
     static inline uint64_t or64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t and64(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     static inline uint64_t add64(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
     static inline uint32_t add32(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
     static inline int64_t addi64(int64_t *p, int64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
@@ -93,6 +94,7 @@ cdef extern from *:
     uint64_t swap64(uint64_t *p, uint64_t v) noexcept nogil
     uint32_t swap32(uint32_t *p, uint32_t v) noexcept nogil
     uint64_t or64(uint64_t *p, uint64_t v) noexcept nogil
+    uint64_t and64(uint64_t *p, uint64_t v) noexcept nogil
     uint64_t add64(uint64_t *p, uint64_t v) noexcept nogil
     uint32_t add32(uint32_t *p, uint32_t v) noexcept nogil
     int64_t addi64(int64_t *p, int64_t v) noexcept nogil

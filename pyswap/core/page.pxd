@@ -14,6 +14,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_wake_waiters, page_unlock
 from pyswap.core.frame cimport (
+    frame_claim,
     frame_claim_wait,
     frame_set_free,
     frame_set_offline,
@@ -38,7 +39,15 @@ from pyswap.core.layout cimport (
     slot_id,
     worker_id,
 )
-from pyswap.core.lock cimport FP_FILL_LOCKED, FP_FILL_READ, failpoint_visit, load64, now_ns
+from pyswap.core.lock cimport (
+    FP_FILL_LOCKED,
+    FP_FILL_READ,
+    failpoint_visit,
+    futex_wait,
+    load32,
+    load64,
+    now_ns,
+)
 from pyswap.core.pagetable cimport (
     pte_change,
     pte_frame,
@@ -65,6 +74,7 @@ cdef enum:
 cdef enum acquired:
     ACQUIRED = 0
     NOTED = 1                   # somebody else has the page; the worker will be woken
+    STARVED = 2                 # no frame is free, and the caller does not wait for one
 
 
 cdef struct wanted_t:
@@ -73,6 +83,7 @@ cdef struct wanted_t:
     page_id page
     worker_id worker            # noted where the page is locked
     bint sleeps                 # sleep for the lock instead (not in a fault thread)
+    bint patient                # wait for a free frame
     uint8_t *buffer             # of a page, aligned for O_DIRECT: this thread's own
     bint filled                 # out: it was not resident
     bint read                   # out: and came from a slot
@@ -152,7 +163,7 @@ cdef inline int fill_page(pool_t *pool, frame_id f, uint8_t *buffer) noexcept no
 
 
 cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexcept nogil:
-    """The page's frame, locked and resident (ACQUIRED); NOTED; or -errno, with nothing held.
+    """The page's frame, locked and resident (ACQUIRED); NOTED or STARVED; or -errno, with nothing held.
 
     -ENOENT: the object is gone.  -ENOMEM: no frame became free in time.  Else: the slot could not be read.
     """
@@ -160,6 +171,7 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
     cdef frame_id f
     cdef frame_t *frame
     cdef int rc, _
+    cdef uint32_t sequence
     want.filled = False
     want.read = False
     for _ in range(MAX_ROUNDS):
@@ -185,13 +197,18 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
                 count(pool, C_FILL_WAITS, 1)
                 return NOTED
             continue
-        f = frame_claim_wait(pool, want.deadline_ns)
+        sequence = load32(&pool.header.free_sequence)
+        f = frame_claim_wait(pool, want.deadline_ns) if want.patient else frame_claim(pool, 0)
         if f == FRAME_NONE:
-            return -ENOMEM
+            return -ENOMEM if want.patient else STARVED
         if not fill_install(pool, f, want.page, want.object, want.object_generation, pte):
             continue
         rc = fill_page(pool, f, want.buffer)
         if rc == -EAGAIN:
+            # The machine has no memory for the frame: it is offline.  The next may find none either.
+            if now_ns() > want.deadline_ns:
+                return -ENOMEM
+            futex_wait(&pool.header.free_sequence, sequence, 5_000_000)
             continue
         if rc != 0:
             return rc

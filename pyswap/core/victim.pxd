@@ -110,8 +110,8 @@ cdef inline void victims_punch(pool_t *pool, victim_t *victims, uint32_t n) noex
         i += run
 
 
-cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
-    """Evict locked, clean, unpinned pages; victims are sorted by page."""
+cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Take locked, clean, unpinned pages out of memory, in the order that R5 asks for."""
     cdef uint32_t i
     cdef frame_t *frame
     cdef waiters_t waiters
@@ -125,14 +125,21 @@ cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexc
         frame = &pool.frames[victims[i].frame]
         if not pte_change(pool, frame.page, pte_make_frame(victims[i].frame), pte_make_slot(frame.slot)):
             panic("victims_drop: the entry named another frame", victims[i].frame, frame.page, 0)
-        if frame.slot == SLOT_NONE:
-            count(pool, C_ZERO_DROPS, 1)
     failpoint_visit(pool.header, FP_EVICT_ENTRY)
-    count(pool, C_EVICTIONS, n)
     for i in range(n):
         frame_set_free(pool, victims[i].frame, &waiters)
         engine_wake_waiters(pool, &waiters)
     frames_announce(pool)
+
+
+cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
+    """Evict locked, clean, unpinned pages; victims are sorted by page."""
+    cdef uint32_t i, zero = 0
+    for i in range(n):
+        zero += pool.frames[victims[i].frame].slot == SLOT_NONE
+    count(pool, C_ZERO_DROPS, zero)
+    count(pool, C_EVICTIONS, n)
+    victims_free(pool, victims, n)
 
 
 cdef inline uint32_t victims_drop_clean(pool_t *pool, victim_t *victims, uint32_t *n) noexcept nogil:
