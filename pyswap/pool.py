@@ -20,7 +20,7 @@ from .errors import Error, PoolClosedError
 from .pages import overlapped_pages, runs
 from .settings import resolve
 from .stats import Stats
-from .worker import Attachment
+from .worker import Attachment, attachment_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,12 +81,14 @@ class Pool:
         name: str | None = None,
         overcommit: bool = False,
     ) -> None:
-        settings = resolve(memory, swap, swap_path, page_size, name, overcommit)
-        self._attachment = Attachment(settings)
-        self._settings = settings
-        self._closed_in: int | None = None
+        self._begin(Attachment(resolve(memory, swap, swap_path, page_size, name, overcommit)))
+
+    def _begin(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._settings = attachment.settings
+        self._closed_in = os.getpid() if attachment.leaving else None
         self._array_numbers = itertools.count(1)
-        _pools[self._attachment.token] = self
+        _pools[attachment.token] = self
 
     def __repr__(self) -> str:
         state = "closed" if self._closed_in == os.getpid() else "open"
@@ -631,7 +633,12 @@ def pool_of(a: npt.NDArray[Any]) -> Pool:
     found = native.find(a.__array_interface__["data"][0])
     pool = _pools.get(found[2]) if found else None
     if pool is None:
-        raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
+        # Arrays outlive the pool object that made them.
+        attachment = attachment_of(found[2]) if found else None
+        if attachment is None:
+            raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
+        pool = Pool.__new__(Pool)
+        pool._begin(attachment)
     return pool
 
 

@@ -450,6 +450,11 @@ def _check_kernel(release: str) -> None:
         raise Error(f"pyswap needs Linux 6.4 or newer; this is {release}")
 
 
+def attachment_of(token: int) -> Attachment | None:
+    """Find this process's part in a pool by the token that its regions carry."""
+    return next((each for each in list(_attachments) if each.token == token), None)
+
+
 def _open_uffd() -> tuple[int, bool]:
     try:
         return native.open_uffd()
