@@ -277,8 +277,12 @@ class Server:
             self._try_end(worker)
 
     def _try_end(self, worker: _Worker) -> None:
-        """End a worker once its memory is gone; one that only closed its socket is served on."""
-        if worker.attached and not worker.farewell and not self.tables.worker_gone(worker.number):
+        """End a worker once its memory is gone, or at once where it maps nothing.
+
+        One that only closed its socket is served on as long as it maps an array.
+        """
+        may_touch = worker.attached and not worker.farewell and bool(worker.regions)
+        if may_touch and not self.tables.worker_gone(worker.number):
             if _has_ended(worker.pidfd) and worker not in self._leaving:
                 self._leaving.append(worker)
             return
