@@ -49,6 +49,7 @@ from pyswap.core.kernel cimport (
     uffd_open,
     uffd_protect,
     uffd_read,
+    uffd_wake,
 )
 from pyswap.core.layout cimport (
     FAILPOINTS,
@@ -91,6 +92,7 @@ from pyswap.core.region cimport (
     life_hold,
     region_copy,
     region_insert,
+    region_overlaps,
     region_withdraw,
 )
 
@@ -118,6 +120,10 @@ cdef extern from *:
     int EAGAIN
     int ESRCH
     int EINTR
+
+cdef enum:
+    # Above what vm.mmap_min_addr keeps free, below where the kernel maps anything by itself.
+    PROBE_ADDRESS = 1 << 20
 
 debug_build = bool(PYSWAP_DEBUG_BUILD)
 
@@ -311,15 +317,20 @@ cdef class Swapper:
     # Workers.
 
     def worker_begin(self, uint32_t w, uint32_t pid, int uffd, int channel):
-        """Attach a process; its descriptors are the swapper's from here on."""
+        """Attach a process; its descriptors are the swapper's from here on, unless this raises."""
         cdef pool_t *pool = self.pool
         cdef attached_t *a = &pool.attached[w]
         cdef uint64_t generation
+        cdef int rc = uffd_wake(uffd, PROBE_ADDRESS, 4096)
+        raise_errno(rc, "what a worker sent is no userfaultfd")
         a.uffd = uffd
         a.channel = channel
         pool.workers[w].pid = pid
         generation = life_begin(&pool.workers[w].word)
-        raise_errno(poll_add(pool.poll_fd, uffd, (generation << 32) | w), "pyswap: a worker's faults cannot be polled")
+        rc = poll_add(pool.poll_fd, uffd, (generation << 32) | w)
+        if rc < 0:
+            life_end(&pool.workers[w].word)
+            raise_errno(rc, "pyswap: a worker's faults cannot be polled")
 
     def worker_end(self, uint32_t w):
         """Detach a process whose regions have all ended."""
@@ -343,7 +354,7 @@ cdef class Swapper:
         """Whether the process's memory is gone: nothing can be mapped there any more."""
         cdef attached_t *a = &self.pool.attached[w]
         # Lifting the protection of an unregistered page changes nothing; it only tells whether memory is left.
-        return uffd_protect(a.uffd, 4096, 4096, False) == -ESRCH
+        return uffd_protect(a.uffd, PROBE_ADDRESS, 4096, False) == -ESRCH
 
     # Objects.
 
@@ -401,6 +412,13 @@ cdef class Swapper:
         cdef region_t *region = &pool.regions[r]
         cdef attached_t *a = &pool.attached[w]
         cdef uint32_t *grown
+        cdef uint64_t size = pool.objects[o].pages << pool.page_shift
+        # A wake-up changes nothing, but the kernel looks at the range.  At one that it refuses, no page could
+        # ever be write-protected, and so none evicted.
+        if uffd_wake(a.uffd, address, size) != 0:
+            raise ValueError(f"no array of {size} bytes can be at {address:#x}")
+        if region_overlaps(pool, w, address, size):
+            raise ValueError(f"another array is mapped at {address:#x}")
         self.memory(pool.header.offset_regions + r * sizeof(region_t), sizeof(region_t))
         if pool.detectors[r] == NULL:
             pool.detectors[r] = <detector_t *>calloc(1, sizeof(detector_t))

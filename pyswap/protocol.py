@@ -16,9 +16,24 @@ from typing import Any
 from . import config
 from .errors import Error, GoneError, PoolClosedError, SwapFullError, SwapIOError
 
-__all__ = ["Message", "pair", "raise_reply", "receive", "send"]
+__all__ = [
+    "Message",
+    "count_of",
+    "counts_of",
+    "failure",
+    "pair",
+    "raise_reply",
+    "receive",
+    "send",
+    "text_of",
+]
 
 Message = dict[str, Any]
+
+MESSAGE_FDS = 4
+"""Most descriptors of one message."""
+TEXT_LENGTH = 1000
+"""Most characters of an exception's text in a reply."""
 
 _EXCEPTIONS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (Error, GoneError, PoolClosedError, SwapFullError, SwapIOError)
@@ -30,12 +45,16 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
-    """Send one message and its descriptors."""
+def send(
+    sock: socket.socket, message: Message, fds: tuple[int, ...] = (), *, wait: bool = True
+) -> None:
+    """Send one message and its descriptors; BlockingIOError where it would wait and may not."""
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > config.MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is over {config.MESSAGE_BYTES}")
-    socket.send_fds(sock, [data], fds)
+    # Not socket.send_fds() and recv_fds(): these take flags, and pass them on to nobody.
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    sock.sendmsg([data], rights, 0 if wait else socket.MSG_DONTWAIT)
 
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]]:
@@ -48,25 +67,64 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     ValueError
         If the packet is no message; its descriptors are closed.
     """
-    fds = array("i")
-    # Not socket.recv_fds(): it drops its flags, and these must be closed on exec from the start.
-    data, ancillary, flags, _ = sock.recvmsg(
-        config.MESSAGE_BYTES, socket.CMSG_LEN(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    data, rights, flags, _ = sock.recvmsg(
+        config.MESSAGE_BYTES, socket.CMSG_LEN(4 * MESSAGE_FDS), socket.MSG_CMSG_CLOEXEC
     )
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) // fds.itemsize * fds.itemsize])
-    if not data:
-        raise ConnectionError("the connection has ended")
+    fds = array("i", b"".join(words[: len(words) // 4 * 4] for _, _, words in rights)).tolist()
     try:
-        message = json.loads(data)
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict):
-            raise ValueError("no message")
-    except ValueError:
+        return _parse(data, flags), fds
+    except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    return message, list(fds)
+
+
+def _parse(data: bytes, flags: int) -> Message:
+    if not data:
+        raise ConnectionError("the connection has ended")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise ValueError("the message is cut short")
+    try:
+        message = json.loads(data)
+    except RecursionError:
+        raise ValueError("the message is nested too deep") from None
+    if not isinstance(message, dict) or not _is_count(message.get("seq")):
+        raise ValueError("no message")
+    return message
+
+
+# The fields of a request, which anybody may have written.
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def count_of(message: Message, name: str) -> int:
+    """Return a field that must be an integer of 64 bits without a sign."""
+    value = message.get(name)
+    if type(value) is not int or not _is_count(value):
+        raise ValueError(f"{name} must be an integer from 0 to 2^64 - 1")
+    return value
+
+
+def counts_of(message: Message, name: str, width: int, limit: int) -> list[list[int]]:
+    """Return a field that must be at most `limit` lists of `width` integers as in `count_of`."""
+    rows = message.get(name)
+    if not isinstance(rows, list) or len(rows) > limit:
+        raise ValueError(f"{name} must be a list of at most {limit} lists")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != width or not all(map(_is_count, row)):
+            raise ValueError(f"{name} must be lists of {width} integers from 0 to 2^64 - 1")
+    return rows
+
+
+def text_of(message: Message, name: str) -> str:
+    """Return a field that must be text."""
+    value = message.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text")
+    return value
 
 
 def failure(error: Exception) -> Message:
@@ -75,8 +133,8 @@ def failure(error: Exception) -> Message:
         if kind.__name__ in _EXCEPTIONS:
             number = error.errno if isinstance(error, OSError) else None
             text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            return {"error": kind.__name__, "text": text, "errno": number}
-    return {"error": "Error", "text": f"{type(error).__name__}: {error}"}
+            return {"error": kind.__name__, "text": text[:TEXT_LENGTH], "errno": number}
+    return {"error": "Error", "text": f"{type(error).__name__}: {error}"[:TEXT_LENGTH]}
 
 
 def raise_reply(reply: Message) -> None:

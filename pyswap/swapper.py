@@ -19,9 +19,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from . import config, protocol
 from ._native import native
@@ -37,9 +38,10 @@ _ADVICE = {"normal": 0, "sequential": 1, "random": 2}
 
 @dataclass
 class _Pin:
-    """Pinned ranges of one worker: (object, first page, pages)."""
+    """Pages of one region: ranges (first, count) of page indices."""
 
-    ranges: list[tuple[PagedObject, int, int]]
+    region: RegionRecord
+    ranges: list[tuple[int, int]]
     write: bool
     pages: int
 
@@ -57,6 +59,7 @@ class _Worker:
     promised: dict[int, tuple[PagedObject, int]] = field(default_factory=dict)
     regions: dict[int, RegionRecord] = field(default_factory=dict)
     pins: dict[int, _Pin] = field(default_factory=dict)
+    pinning: set[int] = field(default_factory=set)
     cancelled: set[int] = field(default_factory=set)
     attached: bool = False
     silent: bool = False
@@ -177,9 +180,10 @@ class Server:
         self, worker: _Worker, message: Message, reply: Message, fds: tuple[int, ...] = ()
     ) -> None:
         try:
-            protocol.send(worker.sock, {**reply, "seq": message.get("seq")}, fds)
+            protocol.send(worker.sock, {**reply, "seq": message["seq"]}, fds, wait=False)
         except OSError:
-            pass  # It is gone; its end of file says so.
+            # It is gone, as its end of file says; or it reads no replies, and waits for none.
+            pass
         finally:
             for fd in fds:
                 os.close(fd)
@@ -206,25 +210,35 @@ class Server:
 
     def _hello(self, worker: _Worker, message: Message, fds: list[int]) -> Message:
         """Attach a process: its userfaultfd, its pidfd, and where it mapped what it inherited."""
-        if worker.attached or len(fds) != 2:
+        with ExitStack() as undo:
             for fd in fds:
-                os.close(fd)
-            raise ValueError("hello comes once, with two descriptors")
-        uffd, worker.pidfd = fds
-        worker.pid = int(message["pid"])
-        self.tables.worker_begin(worker.number, worker.pid, uffd, os.dup(worker.channel.fileno()))
-        worker.attached = True
-        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._lost(worker))
+                undo.callback(os.close, fd)
+            if worker.attached or len(fds) != 2:
+                raise ValueError("hello comes once, with two descriptors")
+            uffd, pidfd = fds
+            if b"Pid:" not in Path(f"/proc/self/fdinfo/{pidfd}").read_bytes():
+                raise ValueError("hello comes with a pidfd")
+            pid = protocol.count_of(message, "pid")
+            _inherited(message)
+            # A blocking one is always ready, and reading it would hold a fault thread.
+            os.set_blocking(uffd, False)
+            self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._lost(worker))
+            undo.callback(self._selector.unregister, pidfd)
+            channel = os.dup(worker.channel.fileno())
+            undo.callback(os.close, channel)
+            self.tables.worker_begin(worker.number, pid, uffd, channel)
+            undo.pop_all()
+        worker.pid, worker.pidfd, worker.attached = pid, pidfd, True
         return self._do_inherit(worker, message)
 
     def _do_inherit(self, worker: _Worker, message: Message) -> Message:
         """Note a child's regions, a message full at a time; what was promised beyond is dropped."""
         lost = [
-            int(a)
-            for a, number, generation in message["regions"]
-            if not self._inherit(worker, int(a), int(number), int(generation))
+            address
+            for address, number, generation in _inherited(message)
+            if not self._inherit(worker, address, number, generation)
         ]
-        if message["last"]:
+        if message.get("last"):
             for o, _ in worker.promised.values():
                 self.objects.unrefer(o)
             worker.promised.clear()
@@ -241,12 +255,16 @@ class Server:
             if o is None or o.generation != generation or o.released:
                 return False
             self.objects.refer(o)
+        self._map(worker, o, address, advice)
+        return True
+
+    def _map(self, worker: _Worker, o: PagedObject, address: int, advice: int = 0) -> None:
+        """Note a region, over a reference that is given back where none can be."""
         try:
             worker.regions[address] = self.objects.map(worker.number, o, address, advice)
         except BaseException:
             self.objects.unrefer(o)
             raise
-        return True
 
     def _fork(self, worker: _Worker) -> tuple[Message, tuple[int, ...]]:
         """Keep a place for a child, with references for all that it will inherit."""
@@ -315,44 +333,43 @@ class Server:
     def _do_create(self, worker: _Worker, message: Message) -> Message:
         if self._creator_gone:
             raise PoolClosedError("the pool's creator has ended: it makes no more arrays")
-        address = int(message["address"])
-        o = self.objects.create(int(message["size"]), str(message["name"]))
+        address = protocol.count_of(message, "address")
+        size = protocol.count_of(message, "size")
+        o = self.objects.create(size, protocol.text_of(message, "name"))
         self.objects.refer(o)
-        try:
-            worker.regions[address] = self.objects.map(worker.number, o, address)
-        except BaseException:
-            self.objects.unrefer(o)
-            raise
+        self._map(worker, o, address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 
     def _do_remove(self, worker: _Worker, message: Message) -> Message:
-        region = worker.regions.pop(int(message["address"]), None)
+        region = worker.regions.pop(protocol.count_of(message, "address"), None)
         if region is not None:
             self.objects.unmap([region])
         return {}
 
     def _do_release(self, worker: _Worker, message: Message) -> Message:
-        self.objects.release(self._region(worker, message["address"]).object)
+        self.objects.release(self._region(worker, message).object)
         return {}
 
     def _do_advise(self, worker: _Worker, message: Message) -> Message:
-        advice = message["advice"]
-        region = self._region(worker, message["address"])
+        advice = protocol.text_of(message, "advice")
+        region = self._region(worker, message)
+        ranges = self._ranges(region, message)
         if advice in _ADVICE:
             self.objects.advise(region, _ADVICE[advice])
             return {}
         work = {"willneed": self.tables.prefetch, "dontneed": self.tables.cool}.get(advice)
         if work is None:
             raise ValueError(f"no advice {advice!r}")
-        for first, count in self._ranges(region, message["ranges"]):
+        for first, count in ranges:
             work(region.object.number, first, count)
         return {}
 
     def _do_unpin(self, worker: _Worker, message: Message) -> Message:
-        if int(message["pin"]) not in worker.pins:
+        number = protocol.count_of(message, "pin")
+        if number in worker.pinning:
             # Interrupted before it was granted: it goes as soon as it comes.
-            worker.cancelled.add(int(message["pin"]))
-        self._unpin(worker, int(message["pin"]))
+            worker.cancelled.add(number)
+        self._unpin(worker, number)
         return {}
 
     def _do_close(self, worker: _Worker, message: Message) -> Message:
@@ -377,143 +394,136 @@ class Server:
         return {}
 
     def _do_failpoint(self, worker: _Worker, message: Message) -> Message:
+        which = native.FAILPOINT_NAMES.index(protocol.text_of(message, "name"))
+        action = protocol.text_of(message, "action")
         self.tables.failpoint(
-            native.FAILPOINT_NAMES.index(message["name"]),
-            native.FAILPOINT_ACTIONS.index(message["action"]),
-            int(message["value"]),
-            int(message["skip"]),
-            int(message["limit"]),
+            which,
+            native.FAILPOINT_ACTIONS.index(action),
+            *(protocol.count_of(message, name) for name in ("value", "skip", "limit")),
         )
-        if message["action"] == "off":
-            self.tables.failpoint_release(native.FAILPOINT_NAMES.index(message["name"]))
+        if action == "off":
+            self.tables.failpoint_release(which)
         return {}
 
     # Requests that take long run in the service threads.
 
     def _serve_later(self, worker: _Worker, message: Message, op: str) -> None:
-        region = self._region(worker, message["address"])
-        ranges = self._ranges(region, message["ranges"])
-        pages = sum(count for _, count in ranges)
+        region = self._region(worker, message)
+        ranges = self._ranges(region, message)
+        pin = None
         if op == "pin":
-            self._pinned_pages += self._pin_room(pages)
-        work = self._pin_ranges if op == "pin" else self._evict_ranges
-        done = self._pinned if op == "pin" else self._evicted
-
-        def finish(result: Any) -> None:
-            self._finished.put(lambda: done(worker, message, region, ranges, result))
-            os.write(self._finished_w, b"x")
+            pin = self._pin_begin(worker, message, region, ranges)
 
         def run() -> None:
             try:
-                finish(work(region, ranges, bool(message.get("write"))))
+                result = self._pin_pages(pin) if pin else self._evict_pages(region, ranges)
             except Exception as error:  # noqa: BLE001 (the worker waits for an answer)
-                finish(error)
+                result = protocol.failure(error)
+            self._finished.put(lambda: self._later_done(worker, message, pin, result))
+            # A full pipe has woken the main thread already.
+            with suppress(BlockingIOError):
+                os.write(self._finished_w, b"x")
 
         self._service.submit(run)
+
+    def _later_done(
+        self, worker: _Worker, message: Message, pin: _Pin | None, reply: Message
+    ) -> None:
+        if pin is not None:
+            reply = self._pin_end(worker, message["pin"], pin, reply)
+        self._reply(worker, message, reply)
 
     def _finish(self) -> None:
         os.read(self._finished_r, 4096)
         while not self._finished.empty():
             self._finished.get()()
 
-    def _pin_room(self, pages: int) -> int:
-        """Return `pages` if so many more may be pinned: the rest must be enough for exchange."""
-        sizes = self._setup["sizes"]
-        limit = sizes["frame_count"] - 2 * sizes["high_frames"] - len(self._workers)
-        if self._pinned_pages + pages > limit:
-            raise MemoryError(
-                f"{pages} pages do not fit beside {self._pinned_pages} that are pinned: of "
-                f"{sizes['frame_count']} frames {limit} may be"
-            )
-        return pages
-
-    def _pin_ranges(self, region: RegionRecord, ranges: list[tuple[int, int]], write: bool) -> None:
-        done: list[tuple[int, int]] = []
-        try:
-            for first, count in ranges:
-                self.tables.pin(region.number, region.generation, first, count, write)
-                done.append((first, count))
-        except BaseException:
-            self._unpin_ranges(region.object, done, write)
-            raise
-
-    def _unpin_ranges(self, o: PagedObject, ranges: list[tuple[int, int]], write: bool) -> None:
-        for first, count in ranges:
-            self.tables.unpin(o.number, o.generation, first, count, write)
-
-    def _pinned(
+    def _pin_begin(
         self,
         worker: _Worker,
         message: Message,
         region: RegionRecord,
         ranges: list[tuple[int, int]],
-        result: Any,
-    ) -> None:
-        pages = sum(count for _, count in ranges)
-        if isinstance(result, Exception):
-            self._pinned_pages -= pages
-            worker.cancelled.discard(int(message["pin"]))
-            self._reply(worker, message, protocol.failure(result))
-            return
-        if worker.regions.get(region.address) is not region:
-            # The worker ended meanwhile, or its array: nobody else would take these pins back.
-            self._pinned_pages -= pages
-            self._unpin_ranges(region.object, ranges, bool(message.get("write")))
-            self._reply(worker, message, protocol.failure(Error("the array is gone")))
-            return
-        number = int(message["pin"])
-        pinned = [(region.object, first, count) for first, count in ranges]
-        worker.pins[number] = _Pin(pinned, bool(message.get("write")), pages)
-        if number in worker.cancelled:
-            worker.cancelled.remove(number)
+    ) -> _Pin:
+        """Take room for a pin: what is left must be enough to exchange pages."""
+        number = protocol.count_of(message, "pin")
+        if number in worker.pins or number in worker.pinning:
+            raise ValueError(f"pin {number} is there already")
+        pin = _Pin(region, ranges, bool(message.get("write")), sum(n for _, n in ranges))
+        sizes = self._setup["sizes"]
+        limit = sizes["frame_count"] - 2 * sizes["high_frames"] - len(self._workers)
+        if self._pinned_pages + pin.pages > limit:
+            raise MemoryError(
+                f"{pin.pages} pages do not fit beside {self._pinned_pages} that are pinned: of "
+                f"{sizes['frame_count']} frames {limit} may be"
+            )
+        self._pinned_pages += pin.pages
+        worker.pinning.add(number)
+        return pin
+
+    def _pin_pages(self, pin: _Pin) -> Message:
+        """Pin all ranges or none, in a service thread."""
+        region = pin.region
+        done: list[tuple[int, int]] = []
+        try:
+            for first, count in pin.ranges:
+                self.tables.pin(region.number, region.generation, first, count, pin.write)
+                done.append((first, count))
+        except BaseException:
+            self._unpin_ranges(region.object, done, pin.write)
+            raise
+        return {}
+
+    def _unpin_ranges(self, o: PagedObject, ranges: list[tuple[int, int]], write: bool) -> None:
+        for first, count in ranges:
+            self.tables.unpin(o.number, o.generation, first, count, write)
+
+    def _pin_end(self, worker: _Worker, number: int, pin: _Pin, result: Message) -> Message:
+        """Note a granted pin; what happened to its worker meanwhile may take it back at once."""
+        worker.pinning.remove(number)
+        cancelled = number in worker.cancelled
+        worker.cancelled.discard(number)
+        if "error" in result:
+            self._pinned_pages -= pin.pages
+            return result
+        worker.pins[number] = pin
+        gone = worker.regions.get(pin.region.address) is not pin.region
+        if cancelled or gone:
             self._unpin(worker, number)
-        self._reply(worker, message, {})
+        return protocol.failure(Error("the array is gone")) if gone else result
 
     def _unpin(self, worker: _Worker, number: int) -> None:
         pin = worker.pins.pop(number, None)
         if pin is None:
             return
         self._pinned_pages -= pin.pages
-        for o, first, count in pin.ranges:
-            self.tables.unpin(o.number, o.generation, first, count, pin.write)
+        self._unpin_ranges(pin.region.object, pin.ranges, pin.write)
 
-    def _evict_ranges(self, region: RegionRecord, ranges: list[tuple[int, int]], _: bool) -> int:
-        left = 0
-        for first, count in ranges:
-            left += self.tables.evict(region.object.number, first, count)
-        return left
-
-    def _evicted(
-        self,
-        worker: _Worker,
-        message: Message,
-        region: RegionRecord,
-        ranges: list[tuple[int, int]],
-        result: Any,
-    ) -> None:
-        if isinstance(result, Exception):
-            self._reply(worker, message, protocol.failure(result))
-        else:
-            self._reply(worker, message, {"left": result})
+    def _evict_pages(self, region: RegionRecord, ranges: list[tuple[int, int]]) -> Message:
+        """Evict, in a service thread; tells how many pages stay."""
+        number = region.object.number
+        return {"left": sum(self.tables.evict(number, first, count) for first, count in ranges)}
 
     # Checks.
 
     @staticmethod
-    def _region(worker: _Worker, address: Any) -> RegionRecord:
-        region = worker.regions.get(int(address))
+    def _region(worker: _Worker, message: Message) -> RegionRecord:
+        region = worker.regions.get(protocol.count_of(message, "address"))
         if region is None:
             raise ValueError("no array is mapped there")
         return region
 
     @staticmethod
-    def _ranges(region: RegionRecord, ranges: Any) -> list[tuple[int, int]]:
-        checked = [(int(first), int(count)) for first, count in ranges]
-        if any(
-            first < 0 or count < 1 or first + count > region.object.pages
-            for first, count in checked
-        ):
+    def _ranges(region: RegionRecord, message: Message) -> list[tuple[int, int]]:
+        rows = protocol.counts_of(message, "ranges", 2, config.REQUEST_RANGES)
+        if any(count < 1 or first + count > region.object.pages for first, count in rows):
             raise ValueError("a range of pages beyond the array")
-        return checked
+        return [(first, count) for first, count in rows]
+
+
+def _inherited(message: Message) -> list[list[int]]:
+    """What a child says that it mapped: address, object and generation of each."""
+    return protocol.counts_of(message, "regions", 3, config.HELLO_REGIONS)
 
 
 def _has_ended(pidfd: int) -> bool:

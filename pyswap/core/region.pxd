@@ -130,6 +130,21 @@ cdef inline region_id region_over(
     return r
 
 
+cdef inline bint region_overlaps(pool_t *pool, worker_id worker, uint64_t address, uint64_t size) noexcept nogil:
+    """Whether the worker has a region somewhere in a range of addresses."""
+    cdef attached_t *a = &pool.attached[worker]
+    cdef uint32_t place
+    cdef region_t *below
+    cdef bint hit = False
+    mutex_lock(&a.lock)
+    place = region_place(pool, a, address + size - 1)
+    if place:
+        below = &pool.regions[a.regions[place - 1]]
+        hit = address < below.address + (below.pages << pool.page_shift)
+    mutex_unlock(&a.lock)
+    return hit
+
+
 cdef inline void region_insert(pool_t *pool, worker_id worker, region_id r) noexcept nogil:
     """The caller has made room: a.count < a.capacity."""
     cdef attached_t *a = &pool.attached[worker]
