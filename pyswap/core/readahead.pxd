@@ -13,6 +13,7 @@ from pyswap.core.lock cimport add32, futex_wake, load32, mutex_lock, mutex_trylo
 cdef enum:
     MAX_STRIDE_PAGES = 64       # longer steps are not taken for a stream
     CONFIRM = 2                 # steps of one stride before anything is read ahead
+    STRIDED_SHARES = 16         # requests that a chunk of pages with gaps is asked for in
 
 
 cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
@@ -91,7 +92,10 @@ cdef inline void stream_ask(
     cdef region_t *region = &pool.regions[r]
     cdef request_t request
     cdef int64_t step = s.stride, sign = 1 if s.stride > 0 else -1
-    cdef int64_t limit, steps
+    cdef int64_t limit, steps, most = pool.header.chunk_pages
+    if step != 1 and step != -1:
+        # Each page is a read of its own: more threads share them, and the reader overtakes none of them.
+        most = max(most // STRIDED_SHARES, 1)
     s.window = s.window * 2 if s.window else 4
     if s.window > pool.header.window_pages or region.advice == ADVICE_SEQUENTIAL:
         s.window = pool.header.window_pages
@@ -107,10 +111,10 @@ cdef inline void stream_ask(
     while (limit - s.ahead) * sign > 0:
         steps = (limit - s.ahead) // step
         # Small leftovers wait until they make half a chunk: large reads, fewer of them.
-        if steps * 2 < pool.header.chunk_pages and steps * 4 < s.window:
+        if steps * 2 < most and steps * 4 < s.window:
             return
-        if steps > pool.header.chunk_pages:
-            steps = pool.header.chunk_pages
+        if steps > most:
+            steps = most
         request.first = s.ahead
         request.count = <uint32_t>steps
         if s.ahead < 0 or s.ahead >= <int64_t>region.pages or not request_put(pool, &request):
