@@ -92,6 +92,7 @@ class Objects:
         self._object_numbers = _Numbers(MAX_OBJECTS)
         self._region_numbers = _Numbers(MAX_REGIONS)
         self._ending: list[PagedObject] = []
+        self._released: list[PagedObject] = []
 
     def create(self, size: int, name: str) -> PagedObject:
         """Make an object of `size` bytes.
@@ -145,7 +146,8 @@ class Objects:
         """End an object for every process that still maps it."""
         self._end(o)
         # Its page ids stay taken until the last region is gone.
-        self._tables.object_sweep(o.number, last=False)
+        self._released.append(o)
+        self.sweep()
 
     def map(self, worker: int, o: PagedObject, address: int, advice: int = 0) -> RegionRecord:
         """Note a region, over a reference that the caller has added."""
@@ -173,6 +175,12 @@ class Objects:
 
     def sweep(self) -> bool:
         """Free the pages of ended objects; False while some of them are busy."""
+        # What is filled or written out at a release is swept until it is gone, though it is mapped.
+        self._released = [
+            o
+            for o in self._released
+            if o.references and self._tables.object_sweep(o.number, last=False)
+        ]
         busy = []
         for o in self._ending:
             if self._tables.object_sweep(o.number, last=True):
@@ -182,7 +190,7 @@ class Objects:
                 self._extents.give_back(o.base, o.pages)
                 self._object_numbers.returned.append(o.number)
         self._ending = busy
-        return not busy
+        return not busy and not self._released
 
     def _end(self, o: PagedObject) -> None:
         if not o.released:
