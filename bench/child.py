@@ -1,0 +1,181 @@
+"""One measured run, in a process of its own: `python -m bench.child PLAN` prints a JSON object."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import cgroup
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .peers import Peer
+    from .share import Share
+    from .workloads import Array, Workload
+
+_BARRIER_S = 900.0
+"""How long processes wait for the slowest to warm up; it is missing when it was killed."""
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process, its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def _own_cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _own_bytes() -> int:
+    """What this process has that no other one shares."""
+    import psutil
+
+    return int(psutil.Process().memory_full_info().uss)
+
+
+def _serve(workload: Workload, a: Array, share: Share, barrier: Any, pipe: Any) -> None:
+    """Do one forked process's share and send what became of it."""
+    try:
+        if workload.warm_up is not None:
+            workload.warm_up(a, share)()
+        timed = workload.work(a, share)
+    except BaseException:
+        # The others would wait for this one.
+        barrier.abort()
+        raise
+    barrier.wait(_BARRIER_S)
+    share.begin()
+    timed()
+    pipe.send((share.thinned(), _own_bytes()))
+
+
+def _run_forked(workload: Workload, a: Array, plan: Plan) -> tuple[list[Any], int]:
+    """Run the timed part in forked processes, started together; their points and own bytes."""
+    from .share import Share
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(workload.processes)
+    workers, pipes = [], []
+    for rank in range(workload.processes):
+        receiver, sender = context.Pipe(duplex=False)
+        share = Share(plan, rank, workload.processes)
+        worker = context.Process(target=_serve, args=(workload, a, share, barrier, sender))
+        worker.start()
+        sender.close()
+        workers.append(worker)
+        pipes.append(receiver)
+    try:
+        sent = [pipe.recv() for pipe in pipes]
+    except EOFError:
+        raise RuntimeError("a forked process failed; see above") from None
+    finally:
+        barrier.abort()
+        for worker in workers:
+            worker.join()
+    return [points for points, _ in sent], sum(own for _, own in sent)
+
+
+def _run_here(workload: Workload, a: Array, plan: Plan) -> list[Any]:
+    from .share import Share
+
+    share = Share(plan, 0, 1)
+    if workload.warm_up is not None:
+        workload.warm_up(a, share)()
+    timed = workload.work(a, share)
+    share.begin()
+    timed()
+    return [share.thinned()]
+
+
+def _grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def _run_workload(peer: Peer, plan: Plan) -> dict[str, Any]:
+    """Make the array, prepare it, and run the timed part."""
+    from .share import Share
+    from .workloads import WORKLOADS, shape_of
+
+    workload = WORKLOADS[plan.workload]
+    shape, dtype = shape_of(workload, plan)
+    others_bytes = 0
+    with peer.opened(plan) as make:
+        before = peer.counters()
+        a = make(shape, dtype, workload.processes > 1)
+        if workload.prepare is not None:
+            workload.prepare(a, Share(plan, 0, 1))()
+        middle = peer.counters()
+        swapper = peer.swapper_pid()
+        swapper_s = _cpu_seconds(swapper) if swapper else 0.0
+        own_s = _own_cpu_seconds()
+        if workload.processes == 1:
+            points = _run_here(workload, a, plan)
+        else:
+            points, others_bytes = _run_forked(workload, a, plan)
+        own_s = _own_cpu_seconds() - own_s
+        swapper_s = _cpu_seconds(swapper) - swapper_s if swapper else 0.0
+        grown = _grown(middle, peer.counters())
+        if workload.verify is not None:
+            workload.verify(a, Share(plan, 0, 1))
+        after = peer.counters()
+        del a
+    begin = min(curve[0][0] for curve in points)
+    elapsed_s = max(curve[-1][0] for curve in points) - begin
+    units = sum(curve[-1][1] for curve in points)
+    return {
+        "elapsed_s": elapsed_s,
+        "units": units,
+        "rate": units / elapsed_s,
+        "points": [[(t - begin, done) for t, done in curve] for curve in points],
+        "counters": grown,
+        "totals": after,
+        "moved": peer.moved(_grown(before, after)),
+        "cpu_s": {"workers": own_s, "swapper": swapper_s},
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + others_bytes,
+    }
+
+
+def _run_kernels(peer: Peer, plan: Plan) -> dict[str, Any]:
+    from .kernels import measure
+
+    with peer.opened(plan) as make:
+        return {"kernels": measure(lambda shape, dtype: make((shape,), dtype, False), plan)}
+
+
+def _run_minor_fault(peer: Peer, plan: Plan) -> dict[str, Any]:
+    from .minor_fault import measure
+
+    return {"nanoseconds": measure(peer, plan)}
+
+
+def main() -> None:
+    """Run the plan on the command line and print what became of it."""
+    plan = Plan.from_json(sys.argv[1])
+    if plan.cgroup:
+        cgroup.join(plan.cgroup)
+    begin = time.monotonic()
+    from .limits import LIMITS
+    from .peers import PEERS
+
+    if plan.peer in LIMITS:
+        limit = LIMITS[plan.peer]
+        key = "nanoseconds" if limit.unit == "nanoseconds" else "rate"
+        told: dict[str, Any] = {key: limit.measure(plan)}
+    else:
+        special = {"kernels": _run_kernels, "minor-fault": _run_minor_fault}
+        told = special.get(plan.workload, _run_workload)(PEERS[plan.peer], plan)
+    told["whole_s"] = time.monotonic() - begin
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main()
