@@ -1,0 +1,158 @@
+"""Readahead: what a stream of faults will want is there early, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from failpoints import Actor, Failpoint, actors, until
+
+import pyswap
+
+pytestmark = pytest.mark.core
+
+FRAMES = 2048
+# A scan of so many pages begins without reclaim and ends with it.
+STEPS = 2048
+
+
+@pytest.fixture
+def swapped_out() -> Iterator[Callable[[int], tuple[Any, Any]]]:
+    """Make a pool of 2,048 frames and an array in swap: a page a row, row i full of i + 1."""
+    pools = []
+
+    def make(pages: int) -> tuple[Any, Any]:
+        size = FRAMES * 4096
+        pool = pyswap.Pool(size, pages * 4096 + size, page_size=4096)
+        pools.append(pool)
+        a = pool.zeros((pages, 512), np.int64)
+        for first in range(0, pages, 256):
+            a[first : first + 256] = np.arange(first, first + 256)[:, None] + 1
+        pool.advise(a, "pageout")
+        assert not pool.residency(a).any()
+        return pool, a
+
+    yield make
+    for pool in pools:
+        pool.check()
+        pool.close()
+
+
+def scan(pool: Any, a: Any, pages: Iterable[int]) -> tuple[int, int, int]:
+    """Touch pages in order; returns how many major faults, faults and read-ahead pages it took."""
+    before = pool.stats()
+    for page in pages:
+        assert a[page, 7] == page + 1
+    after = pool.stats()
+    major = after.major_faults - before.major_faults
+    faults = major + after.minor_faults - before.minor_faults
+    ahead = after.readahead_pages - before.readahead_pages
+    print(f"{major} major faults of {faults}, {ahead} pages read ahead")
+    return major, faults, ahead
+
+
+def best_cold_scan(pool: Any, a: Any, pages: range, most: float) -> tuple[int, int]:
+    """Scan pages that are all in swap; returns how many major faults and read-ahead pages it took.
+
+    A machine that is busy with something else may keep the readahead threads off the processor or
+    the disk for a while: a scan of more major faults than `most` is repeated, twice at the most.
+    """
+    major, _, ahead = scan(pool, a, pages)
+    for _ in range(2):
+        if major <= most:
+            break
+        print(pool.stats())
+        pool.advise(a, "pageout")
+        major, _, ahead = scan(pool, a, pages)
+    return major, ahead
+
+
+def test_is_a_cold_sequential_scan_read_ahead(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    pages = 4 * FRAMES
+    pool, a = swapped_out(pages)
+    major, ahead = best_cold_scan(pool, a, range(pages), 0.02 * pages)
+    assert major <= 0.02 * pages
+    # What was read ahead was used before it was evicted.
+    assert 0.98 * pages <= ahead <= 1.02 * pages
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("stride", range(1, 17))
+def test_is_a_strided_scan_read_ahead(
+    swapped_out: Callable[[int], tuple[Any, Any]], stride: int, sign: int
+) -> None:
+    pool, a = swapped_out(STEPS * stride)
+    pages = range(STEPS * stride)[:: sign * stride]
+    major, ahead = best_cold_scan(pool, a, pages, 0.05 * STEPS)
+    assert major <= 0.05 * STEPS
+    assert 0.95 * STEPS <= ahead <= 1.05 * STEPS
+
+
+def test_is_nothing_read_ahead_of_uniform_random_access(
+    swapped_out: Callable[[int], tuple[Any, Any]], seed: int
+) -> None:
+    pages = 2 * FRAMES
+    pool, a = swapped_out(pages)
+    order = np.random.default_rng(seed).integers(pages, size=4 * pages).tolist()
+    _, faults, ahead = scan(pool, a, order)
+    assert faults >= pages
+    assert pool.stats().evictions >= 2 * pages
+    assert ahead <= 0.02 * faults
+
+
+def test_does_advice_for_random_access_stop_readahead(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    pool, a = swapped_out(FRAMES // 2)
+    pool.advise(a, "random")
+    major, _, ahead = scan(pool, a, range(FRAMES // 2))
+    assert ahead == 0
+    assert major == FRAMES // 2
+
+
+def start_of_a_stream(pool: Any, reader: Actor) -> int:
+    """Have the reader touch pages until a stream is known; returns the next page it would touch."""
+    before = pool.stats().readahead_pages
+    for page in range(FRAMES):
+        assert reader.ask(page) == page + 1
+        if pool.stats().readahead_pages > before:
+            return page + 1
+    raise AssertionError("a sequential scan is not followed")
+
+
+def test_do_pages_arrive_while_their_reader_does_nothing(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    pool, a = swapped_out(FRAMES)
+    with actors(1, lambda page: int(a[page, 0])) as (reader,):
+        page = start_of_a_stream(pool, reader)
+        until(lambda: pool.residency(a[page : page + 2]).all(), "the next pages are resident")
+        before = pool.stats()
+        assert reader.ask(page) == page + 1
+        assert pool.stats().major_faults == before.major_faults
+        assert pool.stats().readahead_hits > 0
+
+
+@pytest.mark.failpoint
+def test_do_pages_arrive_while_their_reader_is_parked_in_its_fault(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    pool, a = swapped_out(FRAMES)
+    # Two steps make a stream: the third fault asks for more, and is parked before it is served.
+    with (
+        actors(1, lambda pages: [int(a[page, 0]) for page in pages]) as (reader,),
+        Failpoint(pool, "map_before", "park", skip=2) as point,
+    ):
+        reader.tell(range(64))
+        point.wait_parked()
+        until(lambda: pool.residency(a[3:7]).all(), "the next four pages are resident")
+        assert point.parked == 1
+        assert not reader.has_answered()
+        assert pool.stats().readahead_pages >= 4
+        point.release()
+        assert reader.answer() == list(range(1, 65))
+    assert pool.stats().readahead_hits > 0

@@ -1,0 +1,92 @@
+"""One swap cache: a page that many processes want comes in once, and all map that one frame."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from failpoints import Actor, Failpoint, actors, state_of, wait_for_waiters
+
+pytestmark = pytest.mark.failpoint
+
+PAGES = 1000
+WORKERS = 4
+KERNEL_PAGE_BYTES = 4096
+PRESENT = 1 << 63
+NUMBER_MASK = (1 << 55) - 1
+
+
+@contextlib.contextmanager
+def pagemaps(workers: list[Actor]) -> Iterator[Callable[[int], list[int]]]:
+    """Give a function that tells, for an address, the physical frame number in each worker."""
+    fds = [os.open(f"/proc/{worker.pid}/pagemap", os.O_RDONLY) for worker in workers]
+
+    def numbers(address: int) -> list[int]:
+        offset = address // KERNEL_PAGE_BYTES * 8
+        entries = [struct.unpack("<Q", os.pread(fd, 8, offset))[0] for fd in fds]
+        return [entry & NUMBER_MASK if entry & PRESENT else -1 for entry in entries]
+
+    try:
+        yield numbers
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def swapped_out(pool: Any) -> Any:
+    """An array of a page a row, its row number in each, all of it in swap."""
+    a = pool.zeros((PAGES, pool.page_size // 8), np.int64)
+    a[:] = np.arange(PAGES)[:, None] + 1
+    pool.advise(a, "pageout")
+    assert not pool.residency(a).any()
+    return a
+
+
+def meet(pool: Any, a: Any, page: int, workers: list[Actor]) -> None:
+    """Park a worker's fill of a page until the others have faulted on it; all see its bytes."""
+    filler, *others = workers[page % WORKERS :] + workers[: page % WORKERS]
+    row = a[page]
+    with Failpoint(pool, "fill_locked", "park") as point:
+        filler.tell(page)
+        point.wait_parked()
+        for other in others:
+            other.tell(page)
+        wait_for_waiters(pool, row, len(others))
+        assert state_of(pool, row) == "filling"
+        assert not pool.residency(row).any()
+        assert not any(worker.has_answered() for worker in workers)
+    assert [worker.answer() for worker in workers] == [page + 1] * WORKERS
+    assert pool.residency(row).all()
+
+
+def test_is_a_page_that_four_processes_want_read_once_into_one_frame(
+    pool: Any, require: Callable[[str], None]
+) -> None:
+    require("root")
+    a = swapped_out(pool)
+    assert pool.page_size == KERNEL_PAGE_BYTES
+    address = a.__array_interface__["data"][0]
+    before = pool.stats()
+    store_frames = set()
+    with (
+        actors(WORKERS, lambda page: int(a[page, -1]), lambda: pool.advise(a, "random")) as workers,
+        pagemaps(workers) as numbers,
+    ):
+        for page in range(PAGES):
+            meet(pool, a, page, workers)
+            found = numbers(address + page * KERNEL_PAGE_BYTES)
+            assert found[0] > 0, "the page is not mapped, or the kernel hides its frame from us"
+            assert found == [found[0]] * WORKERS
+            store_frames.add(found[0])
+        after = pool.stats()
+    assert len(store_frames) == PAGES
+    assert after.slot_reads - before.slot_reads == PAGES
+    assert after.read_calls - before.read_calls == PAGES
+    assert after.major_faults - before.major_faults == PAGES
+    assert after.fill_waits - before.fill_waits >= PAGES * (WORKERS - 1)
+    assert after.evictions == before.evictions
