@@ -35,6 +35,8 @@ FORK_TIMEOUT_S = 5.0
 """fork() waits so long for the swapper's part, in seconds; then the child has no arrays."""
 RETRY_S = 0.005
 """How soon the swapper looks again at what was busy: a dying process, a page of a freed array."""
+CHECK_S = 2.0
+"""How long a check waits for what is under way to end, in seconds."""
 OFFLINE_RETRY_S = 1.0
 """How soon frames that found no memory are tried again, in seconds."""
 MESSAGE_BYTES = 1 << 17

@@ -317,7 +317,8 @@ class Pool:
         kind = source.dtype if dtype is None else np.dtype(dtype)
         dimensions = source.shape if shape is None else _dimensions(shape)
         if len(dimensions) != source.ndim:
-            return self.empty(dimensions, kind, "F" if order == "F" else "C", name=name)
+            fortran = order == "F" or (order == "A" and source.flags.fnc)
+            return self.empty(dimensions, kind, "F" if fortran else "C", name=name)
         return self._empty_in_order(dimensions, kind, _layout(source, order), name)
 
     def zeros_like(

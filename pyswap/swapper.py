@@ -386,12 +386,18 @@ class Server:
         return {}
 
     def _do_check(self, worker: _Worker, message: Message) -> Message:
-        self.objects.sweep()
-        try:
-            self.tables.check()
-        except AssertionError as error:
-            return {"broken": str(error)}
-        return {}
+        """Check the tables; readahead that is still under way is given time to end."""
+        deadline = time.monotonic() + config.CHECK_S
+        while True:
+            self.objects.sweep()
+            try:
+                self.tables.check()
+            except AssertionError as error:
+                if time.monotonic() > deadline:
+                    return {"broken": str(error)}
+                time.sleep(config.RETRY_S)
+            else:
+                return {}
 
     def _do_failpoint(self, worker: _Worker, message: Message) -> Message:
         which = native.FAILPOINT_NAMES.index(protocol.text_of(message, "name"))

@@ -163,6 +163,10 @@ cdef inline void fault_resolve(
     if rc < 0:
         engine_poison(pool, r, generation, index, fault_reason(rc), -rc if rc == -EIO else 0)
         return
+    # Counted before the thread goes on, so that it finds its own faults in the numbers.
+    count(pool, C_WRITE_FAULTS if mapped else C_MAJOR_FAULTS if want.read else C_MINOR_FAULTS, 1)
+    if want.filled and not want.read:
+        count(pool, C_ZERO_FILLS, 1)
     # 4. The mapping, under the frame's lock.
     failpoint_visit(pool.header, FP_MAP_BEFORE)
     if mapped and not want.filled:
@@ -181,6 +185,3 @@ cdef inline void fault_resolve(
         engine_poison(pool, r, generation, index, b"it could not be mapped", -rc)
     # 5. Done; whoever waited for the page faults again.
     page_unlock(pool, &pool.frames[f])
-    count(pool, C_WRITE_FAULTS if mapped else C_MAJOR_FAULTS if want.read else C_MINOR_FAULTS, 1)
-    if want.filled and not want.read:
-        count(pool, C_ZERO_FILLS, 1)
