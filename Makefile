@@ -3,8 +3,9 @@
 #   make demo    the landmasses of the earth, computed in arrays larger than memory
 #   make test    the whole suite: both builds, linters, types
 #
-# Also: make test-pythons (the core tests on every supported Python found), make clean.
-# PYTHON=python3.12 chooses the interpreter; TEST_ARGS and DEMO_ARGS are handed on.
+# Also: make bench (pyswap beside the kernel's swap and others; as root), make test-pythons (the core
+# tests on every supported Python found), make clean.
+# PYTHON=python3.12 chooses the interpreter; TEST_ARGS, DEMO_ARGS and BENCH_ARGS are handed on.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ PYTEST := -m pytest --timeout=300 --timeout-method=thread
 # The demo's test is about the demo, and needs its packages.
 CORE_ONLY := --ignore=tests/test_continents.py
 
-.PHONY: demo test test-pythons clean
+.PHONY: demo test bench test-pythons clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -30,6 +31,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "core or failpoint" $(TEST_ARGS)
 	$(PY) $(PYTEST) $(TEST_ARGS)
+
+bench: $(VENV)/.bench
+	$(PY) -m bench $(BENCH_ARGS)
+
+$(VENV)/.bench: $(VENV)/.ready $(SOURCES)
+	$(PIP) install --no-build-isolation --editable ".[bench]"
+	@touch $@
 
 $(VENV)/.demo: $(VENV)/.ready $(SOURCES)
 	$(PIP) install --no-build-isolation --editable ".[demo]"
