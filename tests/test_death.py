@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Failpoint, frame_of
+from failpoints import Failpoint, waiting_for
 from workers import Worker, process_state, until, workers
 
 import pyswap
@@ -119,8 +119,7 @@ def test_do_others_go_on_when_a_worker_goes_while_its_page_is_filled(
 
 def waits_for(pool: pyswap.Pool, page: Any) -> bool:
     """Whether some worker has left word that it waits for a page."""
-    frame = frame_of(pool, page)
-    return frame is not None and frame[2] > 0
+    return waiting_for(pool, page) > 0
 
 
 def finish_without(pool: pyswap.Pool, a: Any, lost: Worker, how: int) -> None:
@@ -189,7 +188,7 @@ def test_do_waiting_faults_of_a_lost_worker_leave_the_page_to_others(
             held.wait_parked()
             for n, worker in enumerate(lost, 1):
                 worker.send(write_word, VICTIM, -1)
-                until(lambda n=n: frame_of(pool, a[VICTIM])[2] == n, f"{n} wait")
+                until(lambda n=n: waiting_for(pool, a[VICTIM]) == n, f"{n} wait")
             for worker in lost:
                 leave(worker, how)
         assert first.answer()[:1] == filled(VICTIM)[:1]
@@ -273,7 +272,6 @@ def test_are_all_counts_right_when_workers_are_killed_and_stopped_at_random(
             for worker in crew.values():
                 worker.finish()
         check_counts(a, seed, goal, progress, crew, dead)
-        del progress
     now = pool.stats()
     print(f"{len(dead)} killed, {now.major_faults} major faults, {now.evictions} evictions")
     assert dead

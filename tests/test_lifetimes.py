@@ -521,8 +521,9 @@ def test_does_a_program_started_meanwhile_hold_nothing_of_the_pool() -> None:
             a = pool.zeros((8 * PAGES, WORDS), np.int64)
             fill(a)
             swapper = pool.swapper_pid
-            for how in starts:
-                running.append(subprocess.Popen(cat, stdin=pipe, stdout=pipe, text=True, **how))
+            running.extend(
+                subprocess.Popen(cat, stdin=pipe, stdout=pipe, text=True, **how) for how in starts
+            )
             assert is_filled(a)
             until(lambda: pool.stats().workers == 1, "no program counts as a worker")
             held = [

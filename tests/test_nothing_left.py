@@ -97,7 +97,7 @@ def test_is_nothing_left_after_close_and_the_last_array(tmp_path: Path) -> None:
                     assert is_running(swapper)
                     assert child.ask(np.sum) == ARRAY_PAGES * 512
                     assert child.end() == 0
-            until(lambda: not is_running(swapper), f"the swapper ends after {last}")
+            until(lambda s=swapper: not is_running(s), f"the swapper ends after {last}")
             del pool
 
 
@@ -170,7 +170,7 @@ def fail_in(step: str, pool: pyswap.Pool) -> None:
             raise ValueError(step)
     elif step == "room":
         kept = []
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError):  # noqa: PT012
             while True:
                 kept.append(pool.ones((ARRAY_PAGES, 512)))
         raise ValueError(step)
@@ -183,8 +183,8 @@ def raise_value_error(_: Any) -> None:
 @pytest.mark.parametrize("step", ["body", "worker", "full", "pin", "room"])
 def test_is_nothing_left_after_an_exception(tmp_path: Path, step: str) -> None:
     with nothing_more(tmp_path):
-        with (
-            pytest.raises(ValueError, match=".") as raised,
+        with (  # noqa: PT012
+            pytest.raises(ValueError, match=r".") as raised,
             pyswap.Pool("1 MiB", "8 MiB", swap_path=tmp_path, page_size=4096) as pool,
         ):
             swapper = pool.swapper_pid

@@ -48,7 +48,7 @@ def evict(pool: pyswap.Pool, a: Any) -> None:
 
 
 def is_empty(pool: pyswap.Pool) -> bool:
-    """Whether no array has anything in the pool: no commitment, frame, slot or byte of the store."""
+    """Whether no array has anything in the pool: no commitment, frame, slot or stored byte."""
     now = pool.stats()
     in_store = os.fstat(pool.fileno()).st_blocks
     return (now.committed_bytes, now.resident_pages, now.swap_used_bytes, in_store) == (0, 0, 0, 0)
