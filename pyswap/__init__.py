@@ -54,6 +54,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'pyswap' has no attribute {name!r}")
+    # It refuses sub-interpreters, and so before NumPy is loaded in one.
+    importlib.import_module("pyswap._native")
     value = getattr(importlib.import_module(f"pyswap.{home}"), name)
     globals()[name] = value
     return value

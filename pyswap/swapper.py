@@ -6,6 +6,7 @@ line.  It ends by itself when no worker is left, or when creation has ended and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -302,6 +303,8 @@ class Server:
         may_touch = worker.attached and not worker.farewell and bool(worker.regions)
         if may_touch and not self.tables.worker_gone(worker.number):
             if _has_ended(worker.pidfd) and worker not in self._leaving:
+                # From here on the timer asks: the pidfd would be readable all the time.
+                self._selector.unregister(worker.pidfd)
                 self._leaving.append(worker)
             return
         if worker in self._leaving:
@@ -319,7 +322,8 @@ class Server:
             self.objects.unrefer(o)
         if worker.attached:
             self.tables.worker_end(worker.number)
-            self._selector.unregister(worker.pidfd)
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(worker.pidfd)
             os.close(worker.pidfd)
         worker.attached = False
         worker.channel.close()

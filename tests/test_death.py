@@ -202,9 +202,7 @@ def test_do_waiting_faults_of_a_lost_worker_leave_the_page_to_others(
             assert read_page(a, VICTIM)[1] == -1
 
 
-def count_on(
-    held: tuple[Any, mmap.mmap], column: int, seed: int, first: int, last: int
-) -> None:
+def count_on(held: tuple[Any, mmap.mmap], column: int, seed: int, first: int, last: int) -> None:
     """Add 1 to a counter in page after page, in a random order, and tell how far it has come."""
     a, told = held
     pages = np.random.default_rng(seed).permutation(len(a))
