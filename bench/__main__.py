@@ -26,7 +26,7 @@ from .plan import Plan
 from .plots import draw
 from .report import print_rows, write_json
 from .rows import SUBJECTS, peers_of, rows
-from .runner import RunFailedError, Runner
+from .runner import Runner
 
 _log = logging.getLogger("pyswap.bench")
 _RESULTS = Path(__file__).with_name("results")
@@ -101,17 +101,25 @@ def main(
     budget_bytes = _QUICK_BUDGET_BYTES if quick else parse_size(budget, what="budget")
     plan = _plan(budget_bytes, seed, place, quick=quick)
     runner = Runner(plan, lambda what: console.print(what, style="dim", highlight=False))
+    results.mkdir(parents=True, exist_ok=True)
+    report = results / ("quick.json" if quick else time.strftime("%Y%m%d-%H%M%S.json"))
     machine = facts(place)
-    try:
-        with ExitStack() as stack:
-            runner.plan = _prepared(stack, plan)
-            for name in workloads or SUBJECTS:
-                chosen = peers or (_QUICK_PEERS if quick else ())
-                runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
-            _check_moved(runner)
-    except RunFailedError as error:
-        raise click.ClickException(str(error)) from error
-    _report(console, runner, machine, results, quick=quick)
+    with ExitStack() as stack:
+        runner.plan = _prepared(stack, plan)
+        for name in workloads or SUBJECTS:
+            chosen = peers or (_QUICK_PEERS if quick else ())
+            runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
+            # After each, so that an interrupt loses nothing that was measured.
+            counted, shown = rows(runner.results, runner.failures, runner.plan)
+            write_json(report, runner.plan, machine, runner, [*counted, *shown])
+    made = draw(report.parent, report.stem, runner.results, counted)
+    print_rows(console, counted, shown, runner)
+    console.print(f"in {results}: {report.name} and {len(made)} plots", highlight=False)
+    if quick:
+        count = sum(len(told) for by in runner.results.values() for told in by.values())
+        console.print(f"quick: {count} runs gave right results; their times mean nothing")
+    if any("pyswap" in by_peer for by_peer in runner.failures.values()):
+        raise click.ClickException("a run of pyswap failed")
 
 
 def _prepared(stack: ExitStack, plan: Plan) -> Plan:
@@ -124,29 +132,6 @@ def _prepared(stack: ExitStack, plan: Plan) -> Plan:
         helpers = ""
     written = stack.enter_context(area.made(Path(plan.folder), plan.swap_bytes, plan.seed))
     return dataclasses.replace(plan, native=helpers, area=str(written))
-
-
-def _check_moved(runner: Runner) -> None:
-    """Refuse numbers of runs whose pages never left memory."""
-    for workload, by_peer in runner.results.items():
-        for peer, told in by_peer.items():
-            if not all(run.get("moved", True) for run in told):
-                raise RunFailedError(f"{workload} on {peer}: no page was swapped out and in")
-
-
-def _report(
-    console: Console, runner: Runner, machine: dict[str, object], folder: Path, *, quick: bool
-) -> None:
-    counted, shown = rows(runner.results, runner.plan)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = "quick" if quick else time.strftime("%Y%m%d-%H%M%S")
-    write_json(folder / f"{stem}.json", runner.plan, machine, runner, [*counted, *shown])
-    made = draw(folder, stem, runner.results, counted)
-    print_rows(console, counted, shown, runner)
-    console.print(f"in {folder}: {stem}.json and {len(made)} plots", highlight=False)
-    if quick:
-        count = sum(len(told) for by in runner.results.values() for told in by.values())
-        console.print(f"quick: {count} runs gave right results; their times mean nothing")
 
 
 if __name__ == "__main__":

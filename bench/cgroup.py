@@ -98,6 +98,12 @@ class Cgroup:
         told = {n: (self.folder / n).read_text().strip() for n in names}
         return {"version": self.version, **told}
 
+    def kills(self) -> int:
+        """Return how many of its processes the kernel killed because the limit was reached."""
+        name = "memory.oom_control" if self.version == 1 else "memory.events"
+        lines = (line.split() for line in (self.folder / name).read_text().splitlines())
+        return sum(int(value) for key, value in lines if key == "oom_kill")
+
     def remove(self) -> None:
         """End the group's processes and take it away.
 

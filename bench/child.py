@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .share import Share
     from .workloads import Array, Workload
 
-_BARRIER_S = 900.0
-"""How long processes wait for the slowest to warm up; it is missing when it was killed."""
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -44,18 +43,26 @@ def _own_bytes() -> int:
 
 def _serve(workload: Workload, a: Array, share: Share, barrier: Any, pipe: Any) -> None:
     """Do one forked process's share and send what became of it."""
-    try:
-        if workload.warm_up is not None:
-            workload.warm_up(a, share)()
-        timed = workload.work(a, share)
-    except BaseException:
-        # The others would wait for this one.
-        barrier.abort()
-        raise
-    barrier.wait(_BARRIER_S)
+    if workload.warm_up is not None:
+        workload.warm_up(a, share)()
+    timed = workload.work(a, share)
+    barrier.wait()
     share.begin()
     timed()
     pipe.send((share.thinned(), _own_bytes()))
+
+
+def _received(pipes: list[Any]) -> list[Any]:
+    """What the processes send, in any order, until all have or one ends without."""
+    sent, pending = [], list(pipes)
+    while pending:
+        for pipe in multiprocessing.connection.wait(pending):
+            try:
+                sent.append(pipe.recv())  # type: ignore[union-attr,call-arg]
+            except EOFError:
+                return sent
+            pending.remove(pipe)
+    return sent
 
 
 def _run_forked(workload: Workload, a: Array, plan: Plan) -> tuple[list[Any], int]:
@@ -64,7 +71,7 @@ def _run_forked(workload: Workload, a: Array, plan: Plan) -> tuple[list[Any], in
 
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(workload.processes)
-    workers, pipes = [], []
+    workers, pipes, sent = [], [], []
     for rank in range(workload.processes):
         receiver, sender = context.Pipe(duplex=False)
         share = Share(plan, rank, workload.processes)
@@ -74,13 +81,15 @@ def _run_forked(workload: Workload, a: Array, plan: Plan) -> tuple[list[Any], in
         workers.append(worker)
         pipes.append(receiver)
     try:
-        sent = [pipe.recv() for pipe in pipes]
-    except EOFError:
-        raise RuntimeError("a forked process failed; see above") from None
+        sent = _received(pipes)
     finally:
-        barrier.abort()
+        # Only after a failure is one still at work, or waiting for who failed.
         for worker in workers:
+            if len(sent) < len(workers):
+                worker.kill()
             worker.join()
+    if len(sent) < len(workers):
+        raise RuntimeError("a forked process failed or was killed")
     return [points for points, _ in sent], sum(own for _, own in sent)
 
 

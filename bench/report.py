@@ -62,6 +62,9 @@ def print_rows(console: Console, counted: list[Row], shown: list[Row], runner: R
         console.print(_table(title, counted, is_counted=True))
     for peer, reason in runner.left_out.items():
         console.print(f"left out: {peer}: {reason}")
+    for workload, by_peer in runner.failures.items():
+        for peer, reasons in by_peer.items():
+            console.print(f"failed: {workload} on {peer}, {len(reasons)} runs: {reasons[-1]}")
     met = sum(row.is_met is True for row in counted)
     console.print(f"rows met / rows printed: {met} / {len(counted)}", highlight=False)
 
@@ -76,6 +79,7 @@ def write_json(
         "environment": {"OPENBLAS_NUM_THREADS": 1, "OMP_NUM_THREADS": 1},
         "settings": runner.settings,
         "left_out": runner.left_out,
+        "failures": runner.failures,
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": runner.results,
     }

@@ -13,11 +13,23 @@ from .peers import PEERS
 from .plan import Plan
 from .workloads import WORKLOADS
 
-__all__ = ["SUBJECTS", "Measured", "Results", "Row", "Run", "Target", "peers_of", "rows"]
+__all__ = [
+    "SUBJECTS",
+    "Failures",
+    "Measured",
+    "Results",
+    "Row",
+    "Run",
+    "Target",
+    "peers_of",
+    "rows",
+]
 
 Run = dict[str, Any]
 Results = dict[str, dict[str, list[Run]]]
 """The runs, by workload and by peer."""
+Failures = dict[str, dict[str, list[str]]]
+"""Why runs failed, by workload and by peer."""
 
 _KERNEL_SWAP = ("kernel-swap-3", "kernel-swap-5")
 
@@ -149,7 +161,12 @@ def _title(peer: str) -> str:
     return LIMITS[peer].title if peer in LIMITS else PEERS[peer].title
 
 
-def _row(results: Results, target: Target) -> Row | None:
+def _failed(failures: Failures, workload: str, peer: str) -> str:
+    count = len(failures.get(workload, {}).get(peer, []))
+    return f" ({count} failed)" if count else ""
+
+
+def _row(results: Results, failures: Failures, target: Target) -> Row | None:
     runs = results.get(target.workload, {})
     ours = _measured(runs.get("pyswap", []), target.take, target.unit)
     if ours is None:
@@ -159,14 +176,19 @@ def _row(results: Results, target: Target) -> Row | None:
         return Row(target.title, "", ours, None, None, target.bound, False, is_met)
     told = [(p, _measured(runs.get(p, []), target.take, target.unit)) for p in target.against]
     there = [(peer, measured) for peer, measured in told if measured is not None]
+    failed = failures.get(target.workload, {})
     if not there:
-        return None
+        # Nobody to be compared with: a row that is not met, if it was tried.
+        whom = ", ".join(f"{_title(p)} (all failed)" for p in target.against if p in failed)
+        least = target.is_least
+        return (
+            Row(target.title, whom, ours, None, None, target.bound, least, False) if whom else None
+        )
     peer, theirs = max(there, key=lambda pair: pair[1].median)
     ratio = ours.median / theirs.median
     is_met = ratio >= target.bound if target.is_least else ratio <= target.bound
-    return Row(
-        target.title, _title(peer), ours, theirs, ratio, target.bound, target.is_least, is_met
-    )
+    whom = _title(peer) + _failed(failures, target.workload, peer)
+    return Row(target.title, whom, ours, theirs, ratio, target.bound, target.is_least, is_met)
 
 
 def _shown(results: Results, workload: str, title: str, take: Any, unit: str) -> Iterator[Row]:
@@ -184,15 +206,24 @@ def _shown(results: Results, workload: str, title: str, take: Any, unit: str) ->
         yield Row(title, _title(peer), ours, theirs, ratio)
 
 
-def rows(results: Results, plan: Plan) -> tuple[list[Row], list[Row]]:
+def rows(results: Results, failures: Failures, plan: Plan) -> tuple[list[Row], list[Row]]:
     """Make the rows of all that was measured.
+
+    Parameters
+    ----------
+    results : dict
+        The runs that worked.
+    failures : dict
+        Those that did not; a row says how many.
+    plan : Plan
+        For the array's size.
 
     Returns
     -------
     tuple of two lists of Row
         Those that count, and those that are shown besides.
     """
-    counted = [row for row in (_row(results, target) for target in _targets(plan)) if row]
+    counted = [row for row in (_row(results, failures, target) for target in _targets(plan)) if row]
     have = {(row.title, row.against) for row in counted}
     shown: list[Row] = []
     for kernel in KERNELS:

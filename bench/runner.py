@@ -18,7 +18,7 @@ from .cgroup import Cgroup
 from .limits import LIMITS
 from .peers import PEERS, Peer
 from .plan import Plan
-from .rows import Results, Run
+from .rows import Failures, Results, Run
 from .undo import undone
 
 __all__ = ["RunFailedError", "Runner"]
@@ -48,24 +48,28 @@ class Runner:
         self.results: Results = {}
         self.settings: dict[str, dict[str, object]] = {}
         self.left_out: dict[str, str] = {}
+        self.failures: Failures = {}
         self._tell = tell
         self._script_bytes: dict[tuple[str, str], int] = {}
 
     def measure(self, workload: str, peers: list[str], rounds: int) -> None:
         """Run a workload on all peers, A B A B, a fresh process each time.
 
-        Raises
-        ------
-        RunFailedError
-            If a run fails.
+        A run that fails is noted in `failures`, and the next one follows.
         """
         able = [peer for peer in peers if self._can_run(peer)]
         for number in range(1, rounds + 1):
             for peer in able:
                 self._tell(f"{workload}: {peer}, round {number} of {rounds}")
                 plan = dataclasses.replace(self.plan, workload=workload, peer=peer)
-                told = self._spawn(plan) if peer in LIMITS else self._run(PEERS[peer], plan)
-                self.results.setdefault(workload, {}).setdefault(peer, []).append(told)
+                try:
+                    told = self._spawn(plan) if peer in LIMITS else self._run(PEERS[peer], plan)
+                    _check_moved(plan, told)
+                except RunFailedError as error:
+                    _log.warning("%s", error)
+                    self.failures.setdefault(workload, {}).setdefault(peer, []).append(str(error))
+                else:
+                    self.results.setdefault(workload, {}).setdefault(peer, []).append(told)
 
     def _can_run(self, peer: str) -> bool:
         """Ask the peer, once; why it cannot is noted, and said in the end."""
@@ -85,6 +89,7 @@ class Runner:
 
     def _run(self, peer: Peer, plan: Plan) -> Run:
         """Run a plan with all that its peer needs, and take that away again."""
+        group: Cgroup | None = None
         with contextlib.ExitStack() as stack:
             settings: dict[str, object] = dict(peer.environment)
             if peer.limits_memory:
@@ -98,7 +103,13 @@ class Runner:
             except OSError as error:
                 raise RunFailedError(f"{peer.title} cannot be set up: {error}") from error
             self.settings[f"{plan.workload}: {peer.name}"] = settings
-            return self._spawn(plan, peer.environment)
+            try:
+                return self._spawn(plan, peer.environment)
+            except RunFailedError as error:
+                kills = group.kills() if group else 0
+                if kills == 0:
+                    raise
+                raise RunFailedError(f"{error}: the kernel killed {kills} at the limit") from None
 
     def _measure_script(self, peer: Peer, plan: Plan) -> int:
         """Peak resident bytes of the same run on an empty array, measured once."""
@@ -150,6 +161,12 @@ class Runner:
             raise RunFailedError(f"{what} ended with {child.returncode}")
         result: dict[str, Any] = json.loads(out.splitlines()[-1])
         return result
+
+
+def _check_moved(plan: Plan, told: Run) -> None:
+    """Refuse the numbers of a run whose pages never left memory."""
+    if not told.get("moved", True):
+        raise RunFailedError(f"{plan.workload} on {plan.peer}: no page was swapped out and in")
 
 
 def _cgroup_refusal() -> str | None:
