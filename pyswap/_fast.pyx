@@ -7,6 +7,7 @@ import os
 import sys
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset, strncpy
@@ -775,7 +776,7 @@ cdef class Attendant:
     """The thread that obeys the swapper's orders in this process."""
     cdef attendant_t *state
     cdef bint running
-    cdef object control
+    cdef Control control
 
     def __cinit__(self, Control control, int channel, int uffd, int empty_fd, uint64_t token):
         make_ranges()
@@ -791,6 +792,8 @@ cdef class Attendant:
         self.state.token = token
         raise_errno(thread_start(&self.state.thread, attendant_main, self.state), "pyswap: the attendant thread")
         self.running = True
+        # The thread reads the segment when its channel ends, which may be after this object's end.
+        Py_INCREF(control)
 
     def detach(self):
         """Announce that the end of the channel is in good order."""
@@ -807,10 +810,13 @@ cdef class Attendant:
             self.running = False
             with nogil:
                 pthread_join(state.thread, NULL)
+            Py_DECREF(self.control)
 
     def forget(self):
         """In a forked child: the thread was the parent's."""
-        self.running = False
+        if self.running:
+            self.running = False
+            Py_DECREF(self.control)
 
     def __dealloc__(self):
         # A thread that still runs keeps its state: it may outlive the interpreter.

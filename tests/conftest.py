@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import pytest
+
+# A shell starts background commands with SIGINT ignored, which programs would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NOBODY_UID = 65534
 SYSTEM_PYTHON = "/usr/bin/python3"
