@@ -50,21 +50,32 @@ def page_id(pool: Any, a: Any) -> int:
     return int(base + address - start) // int(pool.page_size)
 
 
-def state_of(pool: Any, a: Any) -> str | None:
-    """Tell the state of the frame of the page under a view's first byte; None where it has none."""
-    frame = pool._control().frame(page_id(pool, a))
-    return str(frame[1]) if frame else None
+# What is given to these in an assertion should be a page id: an assertion that fails shows its
+# arguments, and to show an array is to touch it, which hangs, and the GIL with it, where its page is
+# held at a failpoint.
 
 
-def waiting_for(pool: Any, a: Any) -> int:
-    """Count the workers whose faults wait for the page under a view's first byte."""
-    frame = pool._control().frame(page_id(pool, a))
-    return int(frame[2]) if frame else 0
+def _frame(pool: Any, page: Any) -> tuple[int, str, int] | None:
+    number = page if isinstance(page, int) else page_id(pool, page)
+    found: tuple[int, str, int] | None = pool._control().frame(number)
+    return found
 
 
-def wait_for_waiters(pool: Any, a: Any, count: int = 1) -> None:
-    """Return once the faults of so many workers wait for the page under a view's first byte."""
-    until(lambda: waiting_for(pool, a) == count, f"{count} workers wait for the page")
+def state_of(pool: Any, page: Any) -> str | None:
+    """Tell the state of a page's frame; None where it has none. For a view: its first page."""
+    frame = _frame(pool, page)
+    return frame[1] if frame else None
+
+
+def waiting_for(pool: Any, page: Any) -> int:
+    """Count the workers whose faults wait for a page. For a view: its first page."""
+    frame = _frame(pool, page)
+    return frame[2] if frame else 0
+
+
+def wait_for_waiters(pool: Any, page: int, count: int = 1) -> None:
+    """Return once the faults of so many workers wait for a page."""
+    until(lambda: waiting_for(pool, page) == count, f"{count} workers wait for page {page}")
 
 
 def touch(a: Any) -> int:

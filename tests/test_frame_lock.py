@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Actor, Failpoint, actors, state_of, touch, wait_for_waiters
+from failpoints import Actor, Failpoint, actors, page_id, state_of, touch, wait_for_waiters
 
 from pyswap import config
 
@@ -110,18 +110,17 @@ class Threads:
 
 
 def held_by_parked_faults(
-    pool: Any, held: Any, owner: Actor, others: list[Actor], point: Failpoint, state: str
+    pool: Any, pages: list[int], owner: Actor, others: list[Actor], point: Failpoint, state: str
 ) -> None:
     """Park a worker's threads on a page each; another thread and another worker wait for each."""
     for page in range(PARKED):
         owner.ask(page)
     point.wait_parked(PARKED)
     for page, other in enumerate(others):
-        row = held[page]
         owner.ask(page)
         other.tell(page)
-        wait_for_waiters(pool, row, 2)
-    assert [state_of(pool, row) for row in held] == [state] * PARKED
+        wait_for_waiters(pool, pages[page], 2)
+    assert [state_of(pool, page) for page in pages] == [state] * PARKED
 
 
 @pytest.mark.parametrize(("name", "state"), [("fill_locked", "filling"), ("map_before", "present")])
@@ -130,6 +129,7 @@ def test_does_everything_else_go_on_while_all_fault_threads_but_one_are_parked(
 ) -> None:
     area = filled(pool, AREA_PAGES)
     held = filled(pool, PARKED)
+    pages = [page_id(pool, row) for row in held]
     work = Work(pool, area, seed)
 
     def quiet() -> None:
@@ -140,7 +140,7 @@ def test_does_everything_else_go_on_while_all_fault_threads_but_one_are_parked(
         actors(PARKED, lambda page: touch(held[page]), quiet) as others,
         Failpoint(pool, name, "park", limit=PARKED) as point,
     ):
-        held_by_parked_faults(pool, held, owner, others, point, state)
+        held_by_parked_faults(pool, pages, owner, others, point, state)
         # Another thread of that worker; its child; a child of ours; we.
         touched = [owner.ask("work"), owner.ask("fork")]
         with actors(1, lambda _: work()) as (forked,):
@@ -149,7 +149,7 @@ def test_does_everything_else_go_on_while_all_fault_threads_but_one_are_parked(
         assert min(touched) >= NEEDED
         print(f"pages touched: {touched}; {pool.stats()}")
         assert point.parked == PARKED
-        assert [state_of(pool, row) for row in held] == [state] * PARKED
+        assert [state_of(pool, page) for page in pages] == [state] * PARKED
         assert not any(other.has_answered() for other in others)
         point.release()
         expected = [page + 1 for page in range(PARKED)]

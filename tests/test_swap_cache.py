@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Actor, Failpoint, actors, state_of, wait_for_waiters
+from failpoints import Actor, Failpoint, actors, page_id, state_of, wait_for_waiters
 
 pytestmark = pytest.mark.failpoint
 
@@ -51,14 +51,16 @@ def meet(pool: Any, a: Any, page: int, workers: list[Actor]) -> None:
     """Park a worker's fill of a page until the others have faulted on it; all see its bytes."""
     filler, *others = workers[page % WORKERS :] + workers[: page % WORKERS]
     row = a[page]
+    number = page_id(pool, row)
     with Failpoint(pool, "fill_locked", "park") as point:
         filler.tell(page)
         point.wait_parked()
         for other in others:
             other.tell(page)
-        wait_for_waiters(pool, row, len(others))
-        assert state_of(pool, row) == "filling"
-        assert not pool.residency(row).any()
+        wait_for_waiters(pool, number, len(others))
+        assert state_of(pool, number) == "filling"
+        resident = bool(pool.residency(row).any())
+        assert not resident
         assert not any(worker.has_answered() for worker in workers)
     assert [worker.answer() for worker in workers] == [page + 1] * WORKERS
     assert pool.residency(row).all()
