@@ -118,6 +118,37 @@ cdef inline void wake_unknown(pool_t *pool, worker_id worker, uint64_t address) 
         life_drop(&pool.workers[worker].word)
 
 
+cdef inline void fault_map(
+    pool_t *pool,
+    wanted_t *want,
+    region_id r,
+    region_t *region,
+    int64_t index,
+    int64_t stride,
+    frame_id f,
+    bint write,
+    bint mapped,
+) noexcept nogil:
+    """Map a locked page, or lift its protection where it is mapped, and its neighbours with it."""
+    cdef uint32_t generation = life_generation(&region.word)
+    cdef int rc
+    failpoint_visit(pool.header, FP_MAP_BEFORE)
+    if mapped:
+        frame_set_dirty(pool, &pool.frames[f])
+        frame_used(pool, &pool.frames[f])
+        rc = engine_unprotect(pool, r, generation, index, 1)
+        unprotect_around(pool, want, r, region, index, stride)
+    else:
+        rc = map_run(pool, r, generation, index, &f, 1, write)
+        if region.advice != ADVICE_RANDOM:
+            map_around(pool, want, r, region, index, stride, write)
+    if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
+        # The mapping or its process is going away: what is left of it may fault again.
+        engine_wake(pool, r, generation, index)
+    elif rc != 0:
+        engine_poison(pool, r, generation, index, b"it could not be mapped", -rc)
+
+
 cdef inline void fault_resolve(
     pool_t *pool, worker_id worker, uint64_t address, uint64_t flags, uint8_t *buffer, bint patient
 ) noexcept nogil:
@@ -168,20 +199,6 @@ cdef inline void fault_resolve(
     if want.filled and not want.read:
         count(pool, C_ZERO_FILLS, 1)
     # 4. The mapping, under the frame's lock.
-    failpoint_visit(pool.header, FP_MAP_BEFORE)
-    if mapped and not want.filled:
-        frame_set_dirty(pool, &pool.frames[f])
-        frame_used(pool, &pool.frames[f])
-        rc = engine_unprotect(pool, r, generation, index, 1)
-        unprotect_around(pool, &want, r, &region, index, stride)
-    else:
-        rc = map_run(pool, r, generation, index, &f, 1, write)
-        if region.advice != ADVICE_RANDOM:
-            map_around(pool, &want, r, &region, index, stride, write)
-    if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
-        # The mapping or its process is going away: what is left of it may fault again.
-        engine_wake(pool, r, generation, index)
-    elif rc != 0:
-        engine_poison(pool, r, generation, index, b"it could not be mapped", -rc)
+    fault_map(pool, &want, r, &region, index, stride, f, write, mapped and not want.filled)
     # 5. Done; whoever waited for the page faults again.
     page_unlock(pool, &pool.frames[f])
