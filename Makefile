@@ -19,8 +19,8 @@ SOURCES := setup.py pyproject.toml MANIFEST.in \
 
 # A test that hangs in a page fault cannot be interrupted: its process ends, with all stacks shown.
 PYTEST := -m pytest --timeout=300 --timeout-method=thread
-# The demo's test is about the demo, and needs its packages.
-CORE_ONLY := --ignore=tests/test_continents.py
+# The demo's and the bench's tests need packages of their own.
+CORE_ONLY := --ignore=tests/test_continents.py --ignore=tests/test_bench.py
 
 .PHONY: demo test bench test-pythons clean
 .DELETE_ON_ERROR:
