@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ __all__ = ["Pool", "engine_mode", "pool_of"]
 
 Advice = Literal["willneed", "dontneed", "sequential", "random", "normal", "pageout"]
 _ADVICE = ("willneed", "dontneed", "sequential", "random", "normal", "pageout")
+
+NAME_LENGTH = 48
+"""Characters of an array's name that messages show."""
 
 _pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
 _pin_numbers = itertools.count(1)
@@ -185,7 +189,7 @@ class Pool:
         shape, dtype, order
             As in NumPy.
         name : str, optional
-            For messages; at most 71 bytes of it are kept.
+            For messages, which show its beginning.
 
         Raises
         ------
@@ -196,13 +200,12 @@ class Pool:
         TypeError
             If the dtype holds Python objects: their addresses mean nothing to other processes.
         """
-        kind = np.dtype(dtype)
+        kind = _with_length(np.dtype(dtype))
         if kind.hasobject:
             raise TypeError(f"dtype {kind} holds Python objects, which cannot be shared or swapped")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a str, not {type(name).__name__}")
-        if order not in ("C", "F"):
-            raise ValueError(f"order must be 'C' or 'F', not {order!r}")
+        laid_out = _order(order, "CF")
         if self._closed_in == os.getpid():
             raise PoolClosedError(f"pool {self.name!r} is closed: it makes no more arrays")
         dimensions = _dimensions(shape)
@@ -213,9 +216,9 @@ class Pool:
             raise ValueError(
                 f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address"
             )
-        label = name or f"array {next(self._array_numbers)}"
+        label = (name or f"array {next(self._array_numbers)}")[:NAME_LENGTH]
         region = self._attachment.new_region(size, f"pool {self.name!r}, {label}")
-        return paged(region, dimensions, kind, order)
+        return paged(region, dimensions, kind, "F" if laid_out == "F" else "C")
 
     def zeros(
         self,
@@ -270,23 +273,18 @@ class Pool:
         With ``copy=None`` an array of this pool that fits already is returned as it is; with
         ``copy=False`` it is a ValueError if there is none.
         """
-        source = object if isinstance(object, np.ndarray) else np.asarray(object, dtype)
-        kind = source.dtype if dtype is None else np.dtype(dtype)
-        laid_out = _layout(source, order)
-        if (
-            not copy
-            and self._has(object)
-            and source.dtype == kind
-            and laid_out == _layout(source, "K")
-        ):
+        # A length, a unit or a shape may follow from the values, gathered in memory for that.
+        gathered = not isinstance(object, np.ndarray) or _follows_values(dtype)
+        source = np.asarray(object, dtype) if gathered else object
+        kind = source.dtype if gathered or dtype is None else np.dtype(dtype)
+        laid_out = _order(order, "KACF")
+        if not copy and self._has(object) and source.dtype == kind and _is_in(source, laid_out):
             return _at_least(object, ndmin)
         if copy is False:
             raise ValueError(
                 "copy=False, but the values are not in this pool with that dtype and order"
             )
-        made = self.empty(source.shape, kind, "C", name=name) if laid_out is None else None
-        if made is None:
-            made = self._empty_in_order(source.shape, kind, laid_out or (), name)
+        made = self._empty_in_order(source.shape, kind, _layout(source, laid_out), name)
         np.copyto(made, source, casting="unsafe")
         return _at_least(made, ndmin)
 
@@ -300,7 +298,7 @@ class Pool:
         name: str | None = None,
     ) -> PagedArray:
         """Return `a` if it is this pool's and fits, else a new array of its values."""
-        return self.array(a, dtype, copy=copy, order=order or "K", name=name)
+        return self.array(a, dtype, copy=copy, order=_order(order, "KACF"), name=name)
 
     def empty_like(
         self,
@@ -316,10 +314,11 @@ class Pool:
         source = np.asanyarray(prototype)
         kind = source.dtype if dtype is None else np.dtype(dtype)
         dimensions = source.shape if shape is None else _dimensions(shape)
+        laid_out = _order(order, "KACF")
         if len(dimensions) != source.ndim:
-            fortran = order == "F" or (order == "A" and source.flags.fnc)
+            fortran = laid_out == "F" or (laid_out == "A" and source.flags.fnc)
             return self.empty(dimensions, kind, "F" if fortran else "C", name=name)
-        return self._empty_in_order(dimensions, kind, _layout(source, order), name)
+        return self._empty_in_order(dimensions, kind, _layout(source, laid_out), name)
 
     def zeros_like(
         self,
@@ -401,6 +400,8 @@ class Pool:
             with open(file, "rb", buffering=0) as opened:
                 return self.fromfile(opened, dtype, count, offset, name=name)
         kind = np.dtype(dtype)
+        if kind.itemsize == 0:
+            raise ValueError(f"items of dtype {kind} have no bytes")
         if offset < 0 or count < -1:
             raise ValueError(f"offset {offset} and count {count} must not be negative")
         position = file.tell() + offset
@@ -411,7 +412,7 @@ class Pool:
                 f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left"
             )
         made = self.empty(items, kind, name=name)
-        self._read_into(file.fileno(), position, made.view(np.uint8))
+        self._read_into(file.fileno(), position, made.reshape(-1).view(np.uint8))
         file.seek(position + items * kind.itemsize)
         return made
 
@@ -453,8 +454,9 @@ class Pool:
         ValueError
             If the memory of `a` is not this pool's.
         """
-        start, _ = self._region_of(a)
-        pages = overlapped_pages(a, start, self.page_size)
+        start, pages = self._pages_of(a)
+        if not len(pages):
+            return np.zeros(0, np.bool_)
         base = self._attachment.regions[start][2] // self.page_size
         out = np.zeros(len(pages), np.uint8)
         done = 0
@@ -571,15 +573,28 @@ class Pool:
         if not isinstance(a, np.ndarray):
             raise TypeError(f"an array is needed, not {type(a).__name__}")
         found = native.find(a.__array_interface__["data"][0])
+        if found is None and a.size == 0:
+            # An empty view may point behind the region; the array that it is a view of does not.
+            base = a.base
+            while isinstance(base, np.ndarray) and found is None:
+                found = native.find(base.__array_interface__["data"][0])
+                base = base.base
         if found is None:
             raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
         if found[2] != self._attachment.token:
             raise ValueError(f"this memory is another pool's, not {self.name!r}'s")
         return found[0], found[1]
 
-    def _ranges_of(self, a: npt.NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
-        start, _ = self._region_of(a)
+    def _pages_of(self, a: npt.NDArray[Any]) -> tuple[int, npt.NDArray[np.int64]]:
+        """The address of a view's region, and the indices of the pages that the view overlaps."""
+        start, size = self._region_of(a)
         pages = overlapped_pages(a, start, self.page_size)
+        if len(pages) and not 0 <= pages[0] <= pages[-1] < size // self.page_size:
+            raise ValueError("this view reaches beyond the array whose memory it is")
+        return start, pages
+
+    def _ranges_of(self, a: npt.NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
+        start, pages = self._pages_of(a)
         return start, runs(pages, config.REQUEST_RANGES)
 
     def _empty_in_order(
@@ -593,25 +608,60 @@ class Pool:
         if axes is None:
             return self.empty(shape, kind, name=name)
         made = self.empty([shape[i] for i in axes], kind, name=name)
-        return made.transpose(np.argsort(axes)) if len(shape) > 1 else made
+        if len(shape) < 2:
+            return made
+        # The axes of a dtype that is an array itself come last, and stay there.
+        return made.transpose([*np.argsort(axes), *range(len(shape), made.ndim)])
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
     """A shape as NumPy takes it: an int or a sequence of them."""
+    dimensions: tuple[int, ...]
     try:
-        dimensions = (shape.__index__(),)
-    except (AttributeError, TypeError):
-        dimensions = tuple(n.__index__() for n in shape)
+        dimensions = (operator.index(shape),)
+    except TypeError:
+        dimensions = tuple(operator.index(n) for n in shape)
     if any(n < 0 for n in dimensions):
         raise ValueError("negative dimensions are not allowed")
     return dimensions
 
 
-def _layout(source: npt.NDArray[Any], order: str | None) -> tuple[int, ...] | None:
+def _order(order: object, allowed: str) -> Any:
+    """NumPy's letter for an order: of any case, and None for the first that is allowed."""
+    if order is None:
+        return allowed[0]
+    if not isinstance(order, str):
+        raise TypeError(f"order must be a str, not {type(order).__name__}")
+    if order.upper() not in [*allowed]:
+        raise ValueError(f"order must be one of {', '.join(allowed)}, not {order!r}")
+    return order.upper()
+
+
+def _with_length(kind: np.dtype[Any]) -> np.dtype[Any]:
+    """A dtype of text without a length as one of a character, which NumPy makes of it."""
+    return np.empty(0, kind).dtype if kind.kind in "SU" and kind.itemsize == 0 else kind
+
+
+def _follows_values(dtype: npt.DTypeLike | None) -> bool:
+    """Whether what NumPy makes of a dtype follows from the values: a length, a unit, more axes."""
+    if dtype is None:
+        return False
+    kind: Any = np.dtype(dtype)
+    if kind.kind in "mM":
+        return np.datetime_data(kind)[0] == "generic"
+    return bool(kind.subdtype is not None or kind.itemsize == 0)
+
+
+def _is_in(a: npt.NDArray[Any], order: str) -> bool:
+    """Whether an array is in a memory order already; what keeps an order (K, A) takes any."""
+    if order == "C":
+        return a.flags.c_contiguous
+    return order != "F" or a.flags.f_contiguous
+
+
+def _layout(source: npt.NDArray[Any], order: str) -> tuple[int, ...] | None:
     """The axes as NumPy's `order` wants them in memory, slowest first; None is C order."""
     flags = source.flags
-    if order not in ("K", "A", "C", "F"):
-        raise ValueError(f"order must be one of 'C', 'F', 'A' and 'K', not {order!r}")
     if order == "F" or (order in "AK" and flags.f_contiguous and not flags.c_contiguous):
         return tuple(reversed(range(source.ndim)))
     if order in "CA" or flags.c_contiguous:

@@ -24,7 +24,7 @@ from pyswap.core.frame cimport (
     frame_unmark,
     reclaim_kick,
 )
-from pyswap.core.layout cimport C_CLEAN_DROPS, C_WRITE_AHEAD, FRAME_NONE, PRESENT, frame_id, frame_t
+from pyswap.core.layout cimport C_WRITE_AHEAD, FRAME_NONE, PRESENT, frame_id, frame_t
 from pyswap.core.lock cimport add32, futex_wait, load32, store32
 from pyswap.core.victim cimport (
     cold_take,
@@ -67,7 +67,6 @@ cdef inline uint32_t reclaim_batch(pool_t *pool) noexcept nogil:
     cdef victim_t victims[256]
     cdef uint32_t n = victims_choose(pool, victims, pool.header.batch_pages), clean
     clean = victims_drop_clean(pool, victims, &n)
-    count(pool, C_CLEAN_DROPS, clean)
     if n:
         clean += victims_clean(pool, victims, n, True)
     return clean

@@ -18,6 +18,7 @@ from pyswap.core.frame cimport (
     waiters_t,
 )
 from pyswap.core.layout cimport (
+    C_CLEAN_DROPS,
     C_EVICTIONS,
     C_ZERO_DROPS,
     FRAME_NONE,
@@ -145,12 +146,14 @@ cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexc
 cdef inline uint32_t victims_drop_clean(pool_t *pool, victim_t *victims, uint32_t *n) noexcept nogil:
     """Evict the victims that need no write; leaves the dirty ones, in order."""
     cdef victim_t clean[256]
-    cdef uint32_t i, dropped = 0
+    cdef uint32_t i, dropped = 0, in_slots = 0
     for i in range(n[0]):
         if not frame_has(&pool.frames[victims[i].frame], DIRTY):
+            in_slots += pool.frames[victims[i].frame].slot != SLOT_NONE
             clean[dropped] = victims[i]
             dropped += 1
             victims[i].kept = True
+    count(pool, C_CLEAN_DROPS, in_slots)
     n[0] = victims_compact(victims, n[0])
     victims_drop(pool, clean, dropped)
     return dropped
