@@ -580,6 +580,11 @@ def changes(before: Stats, after: Stats) -> dict[str, int]:
     return {name: change for name, change in pairs.items() if change}
 
 
+def page_out(pool: Any, whole: Any, pages: list[int]) -> None:
+    for page in pages:
+        pool.advise(whole[page], "pageout")
+
+
 def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
     """One page a time, in an order that is no stream, so that each step's numbers are known."""
     pages = [0, 900, 300, 1500, 77, 1201, 450]
@@ -607,8 +612,7 @@ def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
         "dirty_pages": n,
     }  # fmt: skip
     # To swap: as many slots as pages, and few calls.
-    for page in pages:
-        pool.advise(whole[page], "pageout")
+    page_out(pool, whole, pages)
     assert step() == {
         "evictions": n, "slot_writes": n, "write_calls": n, "swap_used_bytes": n * PAGE,
         "resident_pages": -n, "free_frames": n, "dirty_pages": -n,
@@ -620,8 +624,7 @@ def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
         "free_frames": -n,
     }  # fmt: skip
     # Out again: nothing was written, so nothing is.
-    for page in pages:
-        pool.advise(whole[page], "pageout")
+    page_out(pool, whole, pages)
     assert step() == {
         "evictions": n, "clean_drops": n, "resident_pages": -n, "free_frames": n,
     }  # fmt: skip
@@ -634,8 +637,7 @@ def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
         "resident_pages": n, "free_frames": -n, "dirty_pages": n,
     }  # fmt: skip
     # All zeros again: out without a slot, and the old slots are free.
-    for page in pages:
-        pool.advise(whole[page], "pageout")
+    page_out(pool, whole, pages)
     assert step() == {
         "evictions": n, "zero_drops": n, "swap_used_bytes": -n * PAGE, "resident_pages": -n,
         "free_frames": n, "dirty_pages": -n,
