@@ -51,8 +51,8 @@ def page_id(pool: Any, a: Any) -> int:
 
 
 # What is given to these in an assertion should be a page id: an assertion that fails shows its
-# arguments, and to show an array is to touch it, which hangs, and the GIL with it, where its page is
-# held at a failpoint.
+# arguments, and to show an array is to touch it, which hangs, and the GIL with it, where its page
+# is held at a failpoint.
 
 
 def _frame(pool: Any, page: Any) -> tuple[int, str, int] | None:
