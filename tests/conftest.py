@@ -45,8 +45,8 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The attendant is a thread, so Python 3.12 and newer warn where a test's script forks: what the filter
-# in pyproject.toml is to the tests themselves, this is to the programs that they start.
+# The attendant is a thread, so Python 3.12 and newer warn where a test's script forks.  The filter
+# in pyproject.toml is for the tests themselves, this is for the programs that they start.
 os.environ["PYTHONWARNINGS"] = "ignore:This process:DeprecationWarning"
 
 NOBODY_UID = 65534
