@@ -8,7 +8,7 @@ import sys
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset, strncpy
 from posix.stdlib cimport posix_memalign
@@ -29,9 +29,27 @@ from pyswap.core.attendant cimport (
     ranges_t,
     thread_start,
 )
-from pyswap.core.context cimport attached_t, detector_t, pool_t, request_t, starved_t
+from pyswap.core.context cimport (
+    STREAMS,
+    attached_t,
+    detector_t,
+    family_t,
+    pool_t,
+    request_t,
+    starved_t,
+)
+from pyswap.core.copy cimport copies_end, copy_answered
 from pyswap.core.evict cimport pages_cool, pages_evict, pages_sweep
-from pyswap.core.fault cimport fault_resolve, page_pin, page_unpin, starved_take
+from pyswap.core.family cimport NO_EXTENT, commit_give, commit_take, family_of
+from pyswap.core.fault cimport fault_resolve, fault_t, page_pin, page_unpin, starved_take
+from pyswap.core.fork cimport (
+    family_extend,
+    family_sweep,
+    family_trim,
+    regions_share,
+    region_unshare,
+    share_t,
+)
 from pyswap.core.frame cimport (
     frame_forget_mapper,
     frame_set_online,
@@ -81,11 +99,13 @@ from pyswap.core.lock cimport (
     store32,
     store64,
 )
+from pyswap.core.order cimport answer_take
 from pyswap.core.page cimport wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame
 from pyswap.core.readahead cimport request_put, request_take
 from pyswap.core.reclaim cimport reclaim_loop, write_ahead_loop
 from pyswap.core.region cimport (
+    clones_t,
     life_begin,
     life_drop,
     life_end,
@@ -93,8 +113,11 @@ from pyswap.core.region cimport (
     life_hold,
     region_copy,
     region_insert,
+    region_lookup,
     region_overlaps,
+    region_run,
     region_withdraw,
+    regions_of,
 )
 
 cdef extern from *:
@@ -125,6 +148,8 @@ cdef extern from *:
 cdef enum:
     # Above what vm.mmap_min_addr keeps free, below where the kernel maps anything by itself.
     PROBE_ADDRESS = 1 << 20
+    # In what a descriptor is polled with: it is a channel, not a userfaultfd.
+    CHANNEL = 1 << 16
 
 debug_build = bool(PYSWAP_DEBUG_BUILD)
 
@@ -132,11 +157,12 @@ COUNTER_NAMES = (
     "minor_faults", "major_faults", "write_faults", "zero_fills", "fill_waits", "frame_waits", "slot_reads",
     "slot_writes", "read_calls", "write_calls", "clean_drops", "zero_drops", "write_ahead_pages", "readahead_pages",
     "readahead_hits", "evictions", "redirtied_pages", "slot_steals", "read_errors", "write_errors", "poisoned_pages",
+    "cow_copies", "cow_remaps",
 )
 STATE_NAMES = ("free", "filling", "present", "writeback", "evicting", "offline")
 FAILPOINT_NAMES = (
     "fill_locked", "fill_read", "map_before", "clean_protected", "clean_written", "clean_write", "evict_punched",
-    "evict_entry", "fallocate",
+    "evict_entry", "fallocate", "copy_made", "copy_ordered", "copy_answered", "fork_copied",
 )
 FAILPOINT_ACTIONS = ("off", "park", "errno", "kill", "stop")
 
@@ -165,6 +191,7 @@ def control_bytes(uint64_t frame_count, uint64_t slot_count, uint64_t page_count
         ("objects", MAX_OBJECTS * sizeof(object_t)),
         ("slots", round_up(slot_count, SLOT_CHUNK) * sizeof(slot_t)),
         ("pages", page_count * sizeof(uint64_t)),
+        ("references", page_count * sizeof(uint32_t)),
     ):
         offsets[name] = at
         at += round_up(size, 4096)
@@ -214,6 +241,7 @@ cdef class Swapper:
         pool.objects = <object_t *>(base + <uint64_t>offsets["objects"])
         pool.slots = <slot_t *>(base + <uint64_t>offsets["slots"])
         pool.pages = <uint64_t *>(base + <uint64_t>offsets["pages"])
+        pool.references = <uint32_t *>(base + <uint64_t>offsets["references"])
 
     cdef format(self, sizes, offsets):
         cdef header_t *h = self.pool.header
@@ -228,6 +256,7 @@ cdef class Swapper:
         h.offset_objects = offsets["objects"]
         h.offset_slots = offsets["slots"]
         h.offset_pages = offsets["pages"]
+        h.offset_references = offsets["references"]
         h.size_bytes = offsets["size"]
         h.minimum_frames = sizes["minimum_frames"]
         h.low_frames = sizes["low_frames"]
@@ -253,8 +282,11 @@ cdef class Swapper:
         pool.chunk_ready = <uint8_t *>calloc(chunks + 1, 1)
         pool.detectors = <detector_t **>calloc(MAX_REGIONS, sizeof(void *))
         pool.mapped = <uint32_t **>calloc(MAX_OBJECTS, sizeof(void *))
+        pool.families = <family_t **>calloc(MAX_OBJECTS, sizeof(void *))
+        pool.maps = <uint64_t **>calloc(MAX_REGIONS, sizeof(void *))
+        pool.mappings_limit = sizes["mappings_limit"]
         if not (pool.free_list and pool.cold and pool.chunk_used and pool.chunk_ready and pool.detectors
-                and pool.mapped):
+                and pool.mapped and pool.families and pool.maps):
             raise MemoryError("pyswap: no memory for the swapper's own tables")
         # The lowest number is handed out first, so that the hand meets frames in the order they were filled.
         for f in range(frames):
@@ -311,9 +343,20 @@ cdef class Swapper:
         """No new arrays from here on."""
         store32(&self.pool.header.closed, 1)
 
-    def set_committed(self, uint64_t pages):
-        """Publish how many pages arrays may come to need."""
-        store64(&self.pool.header.committed_pages, pages)
+    def commit(self, uint64_t pages, bint always):
+        """Note that arrays may come to need so many pages more; False where frames and swap have no room."""
+        if always:
+            commit_give(self.pool, -pages)
+            return True
+        return commit_take(self.pool, pages)
+
+    def uncommit(self, uint64_t pages):
+        """Note that arrays need so many pages less."""
+        commit_give(self.pool, pages)
+
+    def uncommitted(self):
+        """Pages that new arrays may have."""
+        return self.pool.header.commit_limit_pages - load64(&self.pool.header.committed_pages)
 
     # Workers.
 
@@ -328,7 +371,12 @@ cdef class Swapper:
         a.channel = channel
         pool.workers[w].pid = pid
         generation = life_begin(&pool.workers[w].word)
+        a.breaks = 0
         rc = poll_add(pool.poll_fd, uffd, (generation << 32) | w)
+        if rc == 0:
+            rc = poll_add(pool.poll_fd, channel, (generation << 32) | CHANNEL | w)
+            if rc < 0:
+                poll_remove(pool.poll_fd, uffd)
         if rc < 0:
             life_end(&pool.workers[w].word)
             raise_errno(rc, "pyswap: a worker's faults cannot be polled")
@@ -344,6 +392,7 @@ cdef class Swapper:
         for f in range(<uint32_t>pool.header.frame_count):
             frame_forget_mapper(&pool.frames[f], w)
         poll_remove(pool.poll_fd, a.uffd)
+        poll_remove(pool.poll_fd, a.channel)
         os.close(a.uffd)
         os.close(a.channel)
         free(a.regions)
@@ -359,7 +408,7 @@ cdef class Swapper:
 
     # Objects.
 
-    def object_begin(self, uint32_t o, uint64_t base, uint64_t pages, uint64_t size, bytes name):
+    def object_begin(self, uint32_t o, uint64_t base, uint64_t pages, uint64_t size, bytes name, bint is_private):
         """Give an array its page ids; returns the object's generation."""
         cdef pool_t *pool = self.pool
         cdef object_t *object = &pool.objects[o]
@@ -376,6 +425,9 @@ cdef class Swapper:
         object.base = base
         object.pages = pages
         object.size_bytes = size
+        object.is_private = is_private
+        if pool.families[o] != NULL:
+            pool.families[o].count = 0
         memset(object.name, 0, NAME_BYTES)
         strncpy(object.name, name, NAME_BYTES - 1)
         return life_begin(&object.word)
@@ -393,16 +445,104 @@ cdef class Swapper:
         cdef object_t *object = &pool.objects[o]
         cdef uint64_t at = 0, held = 0, n
         with nogil:
+            if family_of(pool, o) != NULL:
+                held = family_sweep(pool, o)
             while at < object.pages:
                 n = object.pages - at
                 if n > MAX_BATCH_PAGES:
                     n = MAX_BATCH_PAGES
-                held += pages_sweep(pool, object.base + at, <uint32_t>n)
+                held += pages_sweep(pool, o, object.base + at, <uint32_t>n)
                 at += n
-            if held == 0 and last:
-                file_punch(pool.control_fd, pool.header.offset_pages + object.base * 8,
-                           (object.pages * 8 + 4095) & ~<uint64_t>4095)
+        if held == 0 and last:
+            self.extent_end(object.base, object.pages)
         return held
+
+    def extent_end(self, uint64_t base, uint64_t pages):
+        """Give the memory of page table entries and references back: nobody may look at them any more."""
+        cdef pool_t *pool = self.pool
+        file_punch(pool.control_fd, pool.header.offset_pages + base * 8, (pages * 8 + 4095) & ~<uint64_t>4095)
+        file_punch(pool.control_fd, pool.header.offset_references + base * 4,
+                   (pages * 4 + 2047) & ~<uint64_t>2047)
+
+    # Families: private objects that were forked, or cloned.
+
+    def family_extend(self, uint32_t o, uint64_t base):
+        """Give a private object page ids for copies; the first time they are its own."""
+        cdef pool_t *pool = self.pool
+        if pool.families[o] == NULL:
+            pool.families[o] = <family_t *>calloc(1, sizeof(family_t))
+            if pool.families[o] == NULL:
+                raise MemoryError("pyswap: no memory for the swapper's own tables")
+        raise_errno(family_extend(pool, o, base), "pyswap: no shared memory for the tables")
+
+    def family_sweep(self, uint32_t o):
+        """Free what pages without references have; returns how many were busy."""
+        cdef pool_t *pool = self.pool
+        cdef uint64_t held
+        with nogil:
+            held = family_sweep(pool, o)
+        return held
+
+    def family_unswept(self, uint32_t o):
+        """Whether a page that lost its last reference was busy at the time."""
+        return family_of(self.pool, o) != NULL and bool(load32(&self.pool.families[o].unswept))
+
+    def family_trim(self, uint32_t o):
+        """Take back an extent in which no page is left; its first page id, or None."""
+        cdef uint64_t base = family_trim(self.pool, o)
+        if base == NO_EXTENT:
+            return None
+        self.extent_end(base, self.pool.objects[o].pages)
+        return base
+
+    def regions_share(self, list pairs):
+        """Share the pages of regions with others that are not begun yet: (source, clone) numbers; all or none."""
+        cdef pool_t *pool = self.pool
+        cdef uint32_t n = <uint32_t>len(pairs), i
+        cdef int rc
+        cdef share_t *shares = <share_t *>calloc(n + 1, sizeof(share_t))
+        if shares == NULL:
+            raise MemoryError("pyswap: no memory for the swapper's own tables")
+        try:
+            for i in range(n):
+                shares[i].source, shares[i].clone = pairs[i]
+                self.memory(pool.header.offset_regions + shares[i].clone * sizeof(region_t), sizeof(region_t))
+            with nogil:
+                rc = regions_share(pool, shares, n)
+        finally:
+            free(shares)
+        if rc == -12:
+            raise MemoryError("no frame became free in time for a copy of a pinned page")
+        raise_errno(rc, "the pages of a private array cannot be shared")
+
+    def region_unshare(self, uint32_t o, uint32_t r):
+        """Give a region's references up: it has ended, or was never begun."""
+        cdef pool_t *pool = self.pool
+        cdef bint last
+        with nogil:
+            last = region_unshare(pool, o, r)
+            if last:
+                family_sweep(pool, o)
+
+    def region_runs(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count, uint32_t limit):
+        """Runs of consecutive page ids: (index, pages, page id), at most `limit` of them."""
+        cdef pool_t *pool = self.pool
+        cdef uint64_t at = first, page = 0
+        cdef uint32_t n
+        rows = []
+        while at < first + count and len(rows) < limit:
+            n = region_run(pool, r, generation, <int64_t>at, first + count - at, &page)
+            if n == 0:
+                break
+            rows.append((at, n, page))
+            at += n
+        return rows
+
+    def clones(self, uint32_t o, uint32_t w):
+        """How many regions of an object a worker has."""
+        cdef clones_t clones
+        regions_of(self.pool, o, w, &clones)
+        return clones.count
 
     # Regions.
 
@@ -438,8 +578,11 @@ cdef class Swapper:
         region.object_generation = life_generation(&pool.objects[o].word)
         region.worker = w
         region.advice = layout.ADVICE_NORMAL
+        region.is_private = pool.objects[o].is_private
+        region.gate = 0
+        if pool.maps[r] == NULL:
+            region.breaks = 0
         generation = life_begin(&region.word)
-        store32(&pool.mapped[o][w], r)
         region_insert(pool, w, r)
         return generation
 
@@ -448,9 +591,9 @@ cdef class Swapper:
         cdef pool_t *pool = self.pool
         cdef region_t *region = &pool.regions[r]
         region_withdraw(pool, region.worker, r)
-        life_end(&region.word)
-        if load32(&pool.mapped[region.object][region.worker]) == r:
-            store32(&pool.mapped[region.object][region.worker], REGION_NONE)
+        with nogil:
+            life_end(&region.word)
+            copies_end(pool, r)
 
     def region_advise(self, uint32_t r, uint32_t advice):
         """Set how the region's faults feed readahead: 0 normal, 1 sequential, 2 random."""
@@ -461,62 +604,65 @@ cdef class Swapper:
     def pin(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count, bint write):
         """Make pages resident, mapped and pinned; all or none.  Raises MemoryError or OSError."""
         cdef pool_t *pool = self.pool
-        cdef wanted_t want
-        cdef region_t region
+        cdef fault_t pin
         cdef uint64_t i = 0
         cdef int rc = 0
-        memset(&region, 0, sizeof(region))
-        if not region_copy(pool, r, generation, &region):
+        memset(&pin, 0, sizeof(pin))
+        if not region_copy(pool, r, generation, &pin.region):
             raise_errno(-ESRCH, "the array is gone")
         with nogil:
-            want.object = region.object
-            want.object_generation = region.object_generation
-            want.worker = region.worker
-            want.sleeps = True
-            want.patient = True
-            want.buffer = make_buffer(pool.page_bytes)
+            pin.worker = pin.region.worker
+            pin.r = r
+            pin.generation = generation
+            pin.write = write
+            want_for_pin(pool, &pin.want, pin.region.object, pin.region.object_generation, pin.region.worker)
             while i < count:
-                want.page = region.base + first + i
-                want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
-                rc = page_pin(pool, &want, r, generation, <int64_t>(first + i), write)
+                pin.index = <int64_t>(first + i)
+                pin.want.index = first + i
+                pin.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
+                rc = page_pin(pool, &pin)
                 if rc != 0:
                     break
                 i += 1
-            free(want.buffer)
+            free(pin.want.buffer)
         if rc != 0:
-            self.unpin(region.object, want.object_generation, first, i, write)
+            self.unpin(r, generation, pin.region.object, pin.region.object_generation, first, i, write)
             if rc == -12:
                 raise MemoryError("the pinned range does not fit: no frame became free in time")
+            if rc == -28:
+                raise MemoryError("memory and swap have no room for copies of the pinned pages")
             raise_errno(rc, "a page of the range could not be read")
 
-    def unpin(self, uint32_t o, uint32_t generation, uint64_t first, uint64_t count, bint write):
-        """Undo a pin; a range whose object is gone has nothing left to undo."""
+    def unpin(
+        self, uint32_t r, uint32_t generation, uint32_t o, uint32_t object_generation, uint64_t first, uint64_t count,
+        bint write
+    ):
+        """Undo a pin; a range whose object is gone, or whose private region is, has nothing left to undo."""
         cdef pool_t *pool = self.pool
         cdef wanted_t want
         cdef uint64_t i
-        want.object = o
-        want.object_generation = generation
-        want.worker = 0
-        want.sleeps = True
-        want.patient = True
         with nogil:
-            want.buffer = make_buffer(pool.page_bytes)
-            for i in range(count):
-                want.page = pool.objects[o].base + first + i
+            want_for_pin(pool, &want, o, object_generation, 0)
+            for i in range(first, first + count):
+                want.page = pool.objects[o].base + i
+                want.index = i
+                if pool.objects[o].is_private and not region_lookup(pool, r, generation, <int64_t>i, &want.page):
+                    break
                 want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
                 page_unpin(pool, &want, write)
             free(want.buffer)
 
-    def prefetch(self, uint32_t o, uint64_t first, uint64_t count):
+    def prefetch(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count):
         """Queue reading pages that are in swap; returns how many pages' requests found room."""
         cdef pool_t *pool = self.pool
         cdef request_t request
         cdef uint64_t done = 0
-        request.object = o
-        request.generation = life_generation(&pool.objects[o].word)
+        request.object = pool.regions[r].object
+        request.generation = pool.regions[r].object_generation
         request.stride = 1
-        request.region = REGION_NONE
-        request.stream = 0
+        request.region = r
+        request.region_generation = generation
+        request.stream = STREAMS
         request.stream_generation = 0
         while done < count:
             request.first = <int64_t>(first + done)
@@ -526,22 +672,27 @@ cdef class Swapper:
             done += request.count
         return done
 
-    def cool(self, uint32_t o, uint64_t first, uint64_t count):
+    def cool(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count):
         """Have pages evicted first."""
         cdef pool_t *pool = self.pool
+        cdef uint64_t at = first, page = 0
+        cdef uint32_t n = 1
         with nogil:
-            pages_cool(pool, pool.objects[o].base + first, count)
+            while at < first + count and n:
+                n = region_run(pool, r, generation, <int64_t>at, first + count - at, &page)
+                pages_cool(pool, page, n)
+                at += n
 
-    def evict(self, uint32_t o, uint64_t first, uint64_t count):
+    def evict(self, uint32_t r, uint32_t generation, uint64_t first, uint64_t count):
         """Evict pages now; returns how many of them are still resident: pinned, or busy."""
         cdef pool_t *pool = self.pool
-        cdef uint64_t at = 0, n, left = 0
+        cdef uint64_t at = first, left = 0, most, page = 0
+        cdef uint32_t n = 1
         with nogil:
-            while at < count:
-                n = count - at
-                if n > MAX_BATCH_PAGES:
-                    n = MAX_BATCH_PAGES
-                left += pages_evict(pool, pool.objects[o].base + first + at, <uint32_t>n)
+            while at < first + count and n:
+                most = min(first + count - at, <uint64_t>MAX_BATCH_PAGES)
+                n = region_run(pool, r, generation, <int64_t>at, most, &page)
+                left += pages_evict(pool, page, n)
                 at += n
         return left
 
@@ -602,6 +753,28 @@ cdef uint8_t *make_buffer(uint64_t size) noexcept nogil:
     return <uint8_t *>memset(buffer, 0, size)
 
 
+cdef void want_for_pin(pool_t *pool, wanted_t *want, uint32_t o, uint32_t generation, uint32_t worker) noexcept nogil:
+    """What a pin or an unpin wants of a page: it sleeps for locks, and waits for frames."""
+    want.object = o
+    want.object_generation = generation
+    want.worker = worker
+    want.sleeps = True
+    want.patient = True
+    want.buffer = make_buffer(pool.page_bytes)
+
+
+cdef void serve_answer(pool_t *pool, uint32_t w, uint64_t data) noexcept nogil:
+    """An attendant's answer; a channel that has ended is not polled again."""
+    cdef uint64_t copy = 0
+    cdef int32_t rc = 0
+    cdef int channel = pool.attached[w].channel, n = answer_take(channel, &copy, &rc)
+    if n >= 0:
+        poll_rearm(pool.poll_fd, channel, data)
+    life_drop(&pool.workers[w].word)
+    if n == 1:
+        copy_answered(pool, w, copy, rc)
+
+
 cdef void fault_loop(pool_t *pool) noexcept nogil:
     cdef uint8_t *buffer = make_buffer(pool.page_bytes)
     cdef uint64_t data = 0, address = 0, flags = 0
@@ -613,6 +786,9 @@ cdef void fault_loop(pool_t *pool) noexcept nogil:
         w = <uint32_t>data & 0xFFFF
         generation = <uint32_t>(data >> 32)
         if not life_hold(&pool.workers[w].word, generation):
+            continue
+        if data & CHANNEL:
+            serve_answer(pool, w, data)
             continue
         # One message a thread: the descriptor is polled again before this fault is resolved, so that the
         # next one never waits behind this one's I/O.
@@ -778,7 +954,7 @@ cdef class Attendant:
     cdef bint running
     cdef Control control
 
-    def __cinit__(self, Control control, int channel, int uffd, int empty_fd, uint64_t token):
+    def __cinit__(self, Control control, int channel, int uffd, int store_fd, int empty_fd, uint64_t token):
         make_ranges()
         self.state = <attendant_t *>calloc(1, sizeof(attendant_t))
         if self.state == NULL:
@@ -788,6 +964,7 @@ cdef class Attendant:
         self.state.header = control.header
         self.state.channel = channel
         self.state.uffd = uffd
+        self.state.store_fd = store_fd
         self.state.empty_fd = empty_fd
         self.state.token = token
         raise_errno(thread_start(&self.state.thread, attendant_main, self.state), "pyswap: the attendant thread")

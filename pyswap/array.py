@@ -29,7 +29,7 @@ from ._native import native
 if TYPE_CHECKING:
     from .pool import Pool
 
-__all__ = ["PIN_PIECE_BYTES", "PagedArray", "paged"]
+__all__ = ["PIN_PIECE_BYTES", "PagedArray", "paged", "paged_like"]
 
 PIN_PIECE_BYTES = 4 << 20
 """Most bytes of an array that one step of `PagedArray.tofile` pins, or copies."""
@@ -162,6 +162,26 @@ class PagedArray(_Array):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return _view(self, np.ndarray).__reduce_ex__(protocol)
 
+    def snapshot(self) -> PagedArray:
+        """Return a clone of a private array, or of a view of one, as it is now.
+
+        No data is copied: the pages are shared, in memory and in swap, until one side writes to
+        one. What is pinned now is copied at once.
+
+        Returns
+        -------
+        PagedArray
+            Of the same shape, dtype, strides and writeable flag, in memory of its own.
+
+        Raises
+        ------
+        TypeError
+            If the array is shared: every process sees every write to it.
+        MemoryError
+            If this process has too many snapshots of the array.
+        """
+        return _pool_of(self).snapshot(self)
+
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:  # noqa: A002 (NumPy's name)
         """Write the array in C order, as `numpy.ndarray.tofile` does.
 
@@ -201,6 +221,15 @@ def paged(
     """Make an array over a region's buffer, which it keeps alive."""
     make = cast(Callable[..., PagedArray], np.ndarray.__new__)
     return make(PagedArray, shape, dtype, buffer=region, order=order)
+
+
+def paged_like(region: Any, a: _Array, start: int) -> PagedArray:
+    """Make an array over a region's buffer that lies in it as `a` lies behind `start`."""
+    make = cast(Callable[..., PagedArray], np.ndarray.__new__)
+    offset = a.__array_interface__["data"][0] - start
+    made = make(PagedArray, a.shape, a.dtype, buffer=region, offset=offset, strides=a.strides)
+    made.flags.writeable = a.flags.writeable
+    return made
 
 
 def _is_paged(a: _Array) -> bool:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from . import config
 from ._native import native
-from .array import PIN_PIECE_BYTES, PagedArray, paged
+from .array import PIN_PIECE_BYTES, PagedArray, paged, paged_like
 from .errors import Error, PoolClosedError
 from .pages import overlapped_pages, runs
 from .settings import resolve
@@ -181,6 +181,7 @@ class Pool:
         order: Literal["C", "F"] = "C",
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of zeros, as `numpy.empty` (whose bytes may be anything) does.
 
@@ -190,6 +191,11 @@ class Pool:
             As in NumPy.
         name : str, optional
             For messages, which show its beginning.
+        private : bool, optional
+            Copied on write after fork: a child sees the array as it was, and what either writes
+            from then on is its own. Only pages that are written are copied, and only then; the
+            others stay shared, in memory and in swap. By default an array is shared: every
+            process sees every write.
 
         Raises
         ------
@@ -217,7 +223,9 @@ class Pool:
                 f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address"
             )
         label = (name or f"array {next(self._array_numbers)}")[:NAME_LENGTH]
-        region = self._attachment.new_region(size, f"pool {self.name!r}, {label}")
+        region = self._attachment.new_region(
+            size, f"pool {self.name!r}, {label}", private=bool(private)
+        )
         return paged(region, dimensions, kind, "F" if laid_out == "F" else "C")
 
     def zeros(
@@ -227,9 +235,10 @@ class Pool:
         order: Literal["C", "F"] = "C",
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of zeros; a page takes memory when it is touched; see `empty`."""
-        return self.empty(shape, dtype, order, name=name)
+        return self.empty(shape, dtype, order, name=name, private=private)
 
     def ones(
         self,
@@ -238,9 +247,11 @@ class Pool:
         order: Literal["C", "F"] = "C",
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of ones; see `empty`."""
-        return self.full(shape, 1, float if dtype is None else dtype, order, name=name)
+        kind = float if dtype is None else dtype
+        return self.full(shape, 1, kind, order, name=name, private=private)
 
     def full(
         self,
@@ -250,10 +261,11 @@ class Pool:
         order: Literal["C", "F"] = "C",
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array full of `fill_value`; see `empty`."""
         kind = np.asarray(fill_value).dtype if dtype is None else dtype
-        made = self.empty(shape, kind, order, name=name)
+        made = self.empty(shape, kind, order, name=name, private=private)
         np.copyto(made, fill_value, casting="unsafe")
         return made
 
@@ -267,6 +279,7 @@ class Pool:
         subok: bool = False,
         ndmin: int = 0,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array with the values of `object`, as `numpy.array` does; see `empty`.
 
@@ -278,13 +291,14 @@ class Pool:
         source = np.asarray(object, dtype) if gathered else object
         kind = source.dtype if gathered or dtype is None else np.dtype(dtype)
         laid_out = _order(order, "KACF")
-        if not copy and self._has(object) and source.dtype == kind and _is_in(source, laid_out):
+        fits = source.dtype == kind and _is_in(source, laid_out)
+        if not copy and fits and self._has(object, private):
             return _at_least(object, ndmin)
         if copy is False:
             raise ValueError(
-                "copy=False, but the values are not in this pool with that dtype and order"
+                "copy=False, but the values are not in this pool with that dtype, order and sharing"
             )
-        made = self._empty_in_order(source.shape, kind, _layout(source, laid_out), name)
+        made = self._empty_in_order(source.shape, kind, _layout(source, laid_out), name, private)
         np.copyto(made, source, casting="unsafe")
         return _at_least(made, ndmin)
 
@@ -296,9 +310,11 @@ class Pool:
         *,
         copy: bool | None = None,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return `a` if it is this pool's and fits, else a new array of its values."""
-        return self.array(a, dtype, copy=copy, order=_order(order, "KACF"), name=name)
+        laid_out = _order(order, "KACF")
+        return self.array(a, dtype, copy=copy, order=laid_out, name=name, private=private)
 
     def empty_like(
         self,
@@ -309,6 +325,7 @@ class Pool:
         shape: Any = None,
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of zeros, shaped as `prototype`; see `empty`."""
         source = np.asanyarray(prototype)
@@ -317,8 +334,9 @@ class Pool:
         laid_out = _order(order, "KACF")
         if len(dimensions) != source.ndim:
             fortran = laid_out == "F" or (laid_out == "A" and source.flags.fnc)
-            return self.empty(dimensions, kind, "F" if fortran else "C", name=name)
-        return self._empty_in_order(dimensions, kind, _layout(source, laid_out), name)
+            letter: Literal["C", "F"] = "F" if fortran else "C"
+            return self.empty(dimensions, kind, letter, name=name, private=private)
+        return self._empty_in_order(dimensions, kind, _layout(source, laid_out), name, private)
 
     def zeros_like(
         self,
@@ -329,9 +347,10 @@ class Pool:
         shape: Any = None,
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of zeros, shaped as `a`; see `empty`."""
-        return self.empty_like(a, dtype, order, subok, shape, name=name)
+        return self.empty_like(a, dtype, order, subok, shape, name=name, private=private)
 
     def ones_like(
         self,
@@ -342,9 +361,10 @@ class Pool:
         shape: Any = None,
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array of ones, shaped as `a`; see `empty`."""
-        return self.full_like(a, 1, dtype, order, subok, shape, name=name)
+        return self.full_like(a, 1, dtype, order, subok, shape, name=name, private=private)
 
     def full_like(
         self,
@@ -356,9 +376,10 @@ class Pool:
         shape: Any = None,
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new array full of `fill_value`, shaped as `a`; see `empty`."""
-        made = self.empty_like(a, dtype, order, subok, shape, name=name)
+        made = self.empty_like(a, dtype, order, subok, shape, name=name, private=private)
         np.copyto(made, fill_value, casting="unsafe")
         return made
 
@@ -370,6 +391,7 @@ class Pool:
         offset: int = 0,
         *,
         name: str | None = None,
+        private: bool = False,
     ) -> PagedArray:
         """Return a new one-dimensional array with the binary contents of a file.
 
@@ -398,7 +420,7 @@ class Pool:
         """
         if isinstance(file, (str, bytes, os.PathLike)):
             with open(file, "rb", buffering=0) as opened:
-                return self.fromfile(opened, dtype, count, offset, name=name)
+                return self.fromfile(opened, dtype, count, offset, name=name, private=private)
         kind = np.dtype(dtype)
         if kind.itemsize == 0:
             raise ValueError(f"items of dtype {kind} have no bytes")
@@ -411,7 +433,7 @@ class Pool:
             raise EOFError(
                 f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left"
             )
-        made = self.empty(items, kind, name=name)
+        made = self.empty(items, kind, name=name, private=private)
         self._read_into(file.fileno(), position, made.reshape(-1).view(np.uint8))
         file.seek(position + items * kind.itemsize)
         return made
@@ -435,9 +457,20 @@ class Pool:
         Raises
         ------
         ValueError
-            If the memory of `a` is not this pool's.
+            If the memory of `a` is not this pool's, or is private: such an array is this
+            process's own, and ends with its last name.
         """
         self._call("release", address=self._region_of(a)[0])
+
+    def snapshot(self, a: npt.NDArray[Any]) -> PagedArray:
+        """Return a clone of a private array; see `PagedArray.snapshot`."""
+        start, _ = self._region_of(a)
+        if start not in self._attachment.private:
+            raise TypeError(
+                "a shared array has no snapshots, since every process sees every write to it: "
+                "make it with private=True, or copy it"
+            )
+        return paged_like(self._attachment.snapshot(start), a, start)
 
     # Pages.
 
@@ -457,12 +490,12 @@ class Pool:
         start, pages = self._pages_of(a)
         if not len(pages):
             return np.zeros(0, np.bool_)
-        base = self._attachment.regions[start][2] // self.page_size
         out = np.zeros(len(pages), np.uint8)
         done = 0
         for first, count in runs(pages, len(pages)):
-            self._control().residency(base + first, count, out[done : done + count])
-            done += count
+            for _, n, page in self._attachment.page_runs(start, first, count):
+                self._control().residency(page, n, out[done : done + n])
+                done += n
         return out.view(np.bool_)
 
     def advise(self, a: npt.NDArray[Any], advice: Advice) -> None:
@@ -562,11 +595,13 @@ class Pool:
     def _call(self, op: str, **fields: Any) -> dict[str, Any]:
         return self._attachment.call(op, **fields)
 
-    def _has(self, a: object) -> bool:
+    def _has(self, a: object, private: bool) -> bool:
         if not isinstance(a, PagedArray):
             return False
         found = native.find(np.asarray(a).__array_interface__["data"][0])
-        return found is not None and found[2] == self._attachment.token
+        if found is None or found[2] != self._attachment.token:
+            return False
+        return (found[0] in self._attachment.private) == private
 
     def _region_of(self, a: npt.NDArray[Any]) -> tuple[int, int]:
         """Address and bytes of the region that a view lies in."""
@@ -603,11 +638,12 @@ class Pool:
         kind: np.dtype[Any],
         axes: tuple[int, ...] | None,
         name: str | None,
+        private: bool,
     ) -> PagedArray:
         """An array whose axes lie in memory in the given order, slowest first; None is C order."""
         if axes is None:
-            return self.empty(shape, kind, name=name)
-        made = self.empty([shape[i] for i in axes], kind, name=name)
+            return self.empty(shape, kind, name=name, private=private)
+        made = self.empty([shape[i] for i in axes], kind, name=name, private=private)
         if len(shape) < 2:
             return made
         # The axes of a dtype that is an array itself come last, and stay there.

@@ -44,6 +44,9 @@ class Stats:
         resident pages because swap was full.
     read_errors, write_errors, poisoned_pages : int
         Failed transfers; pages answered with SIGBUS.
+    cow_copies, cow_remaps : int
+        Pages of private arrays copied because one of several sharers wrote to them; the runs of
+        neighbours in which they were mapped.
     workers : int
         Processes attached now.
     """
@@ -80,4 +83,6 @@ class Stats:
     read_errors: int
     write_errors: int
     poisoned_pages: int
+    cow_copies: int
+    cow_remaps: int
     workers: int

@@ -28,7 +28,7 @@ from queue import SimpleQueue
 from . import config, protocol
 from ._native import native
 from .errors import Error, PoolClosedError
-from .objects import Objects, PagedObject, RegionRecord
+from .objects import Objects, Promise, RegionRecord
 from .protocol import Message
 
 _log = logging.getLogger("pyswap")
@@ -51,13 +51,13 @@ class _Pin:
 class _Worker:
     """One attached process, or the place kept for a child that is being forked.
 
-    `promised` has the object and the advice of what a child will map, by address.
+    `promised` has what a child will map, by address.
     """
 
     number: int
     sock: socket.socket
     channel: socket.socket
-    promised: dict[int, tuple[PagedObject, int]] = field(default_factory=dict)
+    promised: dict[int, Promise] = field(default_factory=dict)
     regions: dict[int, RegionRecord] = field(default_factory=dict)
     pins: dict[int, _Pin] = field(default_factory=dict)
     pinning: set[int] = field(default_factory=set)
@@ -86,11 +86,12 @@ class Server:
             setup["store_fd"],
             setup["swap_fd"],
             self._poll.fileno(),
-            setup["sizes"],
+            {**setup["sizes"], "mappings_limit": _mappings_limit()},
         )
         sizes = setup["sizes"]
-        limit = None if setup["overcommit"] else sizes["commit_limit_pages"]
-        self.objects = Objects(self.tables, sizes["page_bytes"], sizes["page_count"], limit)
+        self.objects = Objects(
+            self.tables, sizes["page_bytes"], sizes["page_count"], setup["overcommit"]
+        )
         self._workers: dict[int, _Worker] = {}
         self._leaving: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -240,31 +241,37 @@ class Server:
             if not self._inherit(worker, address, number, generation)
         ]
         if message.get("last"):
-            for o, _ in worker.promised.values():
-                self.objects.unrefer(o)
+            for promise in worker.promised.values():
+                self.objects.unpromise(promise)
             worker.promised.clear()
         return {"lost": lost}
 
     def _inherit(self, worker: _Worker, address: int, number: int, generation: int) -> bool:
         """Note a region that a child mapped again; False where its object is gone."""
-        o, advice = worker.promised.pop(address, (None, 0))
-        if o is None or (o.number, o.generation) != (number, generation):
-            if o is not None:
-                self.objects.unrefer(o)
-            # Made by another thread of the parent between its hook and the fork.
-            o = self.objects.live.get(number)
-            if o is None or o.generation != generation or o.released:
-                return False
-            self.objects.refer(o)
-        self._map(worker, o, address, advice)
+        promise = worker.promised.pop(address, None)
+        if promise is not None:
+            o = promise.object
+            if (o.number, o.generation) == (number, generation):
+                self._map(worker, promise, address)
+                return True
+            self.objects.unpromise(promise)
+        # Made by another thread of the parent between its hook and the fork: a private one, which
+        # nobody has shared with this child, is not its.
+        made = self.objects.live.get(number)
+        if made is None or made.generation != generation or made.released or made.private:
+            return False
+        self.objects.refer(made)
+        self._map(worker, Promise(made, 0), address)
         return True
 
-    def _map(self, worker: _Worker, o: PagedObject, address: int, advice: int = 0) -> None:
-        """Note a region, over a reference that is given back where none can be."""
+    def _map(self, worker: _Worker, promise: Promise, address: int) -> None:
+        """Note a region, over a promise that is taken back where none can be."""
         try:
-            worker.regions[address] = self.objects.map(worker.number, o, address, advice)
+            worker.regions[address] = self.objects.map(
+                worker.number, promise.object, address, promise.advice, promise.clone
+            )
         except BaseException:
-            self.objects.unrefer(o)
+            self.objects.unpromise(promise)
             raise
 
     def _fork(self, worker: _Worker) -> tuple[Message, tuple[int, ...]]:
@@ -279,9 +286,12 @@ class Server:
         sock, child_sock = protocol.pair()
         channel, child_channel = protocol.pair()
         child = _Worker(number, sock, channel)
-        for address, region in worker.regions.items():
-            self.objects.refer(region.object)
-            child.promised[address] = region.object, region.advice
+        try:
+            child.promised = self.objects.promise(worker.regions.values())
+        except BaseException:
+            for end in (sock, child_sock, channel, child_channel):
+                end.close()
+            raise
         self._expect(child)
         return {}, (child_sock.detach(), child_channel.detach())
 
@@ -318,8 +328,8 @@ class Server:
         regions = list(worker.regions.values())
         worker.regions.clear()
         self.objects.unmap(regions)
-        for o, _ in worker.promised.values():
-            self.objects.unrefer(o)
+        for promise in worker.promised.values():
+            self.objects.unpromise(promise)
         if worker.attached:
             self.tables.worker_end(worker.number)
             with contextlib.suppress(KeyError):
@@ -339,9 +349,10 @@ class Server:
             raise PoolClosedError("the pool's creator has ended: it makes no more arrays")
         address = protocol.count_of(message, "address")
         size = protocol.count_of(message, "size")
-        o = self.objects.create(size, protocol.text_of(message, "name"))
+        private = bool(message.get("private"))
+        o = self.objects.create(size, protocol.text_of(message, "name"), private=private)
         self.objects.refer(o)
-        self._map(worker, o, address)
+        self._map(worker, Promise(o, 0), address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 
     def _do_remove(self, worker: _Worker, message: Message) -> Message:
@@ -351,8 +362,30 @@ class Server:
         return {}
 
     def _do_release(self, worker: _Worker, message: Message) -> Message:
-        self.objects.release(self._region(worker, message).object)
+        o = self._region(worker, message).object
+        if o.private:
+            raise ValueError("a private array is each process's own: it ends with its last name")
+        self.objects.release(o)
         return {}
+
+    def _do_snapshot(self, worker: _Worker, message: Message) -> Message:
+        region = self._region(worker, message)
+        target = protocol.count_of(message, "target")
+        if not region.object.private:
+            raise ValueError("a shared array has no snapshots")
+        made = self.objects.snapshot(worker.number, region, target)
+        worker.regions[target] = made
+        return {"object": made.object.number, "generation": made.object.generation}
+
+    def _do_runs(self, worker: _Worker, message: Message) -> Message:
+        """Tell where an array's pages are: (index, pages, page id), a message full at a time."""
+        region = self._region(worker, message)
+        first = protocol.count_of(message, "first")
+        count = min(protocol.count_of(message, "count"), region.object.pages - first)
+        limit = config.REQUEST_RANGES
+        return {
+            "runs": self.tables.region_runs(region.number, region.generation, first, count, limit)
+        }
 
     def _do_advise(self, worker: _Worker, message: Message) -> Message:
         advice = protocol.text_of(message, "advice")
@@ -365,7 +398,7 @@ class Server:
         if work is None:
             raise ValueError(f"no advice {advice!r}")
         for first, count in ranges:
-            work(region.object.number, first, count)
+            work(region.number, region.generation, first, count)
         return {}
 
     def _do_unpin(self, worker: _Worker, message: Message) -> Message:
@@ -480,13 +513,18 @@ class Server:
                 self.tables.pin(region.number, region.generation, first, count, pin.write)
                 done.append((first, count))
         except BaseException:
-            self._unpin_ranges(region.object, done, pin.write)
+            self._unpin_ranges(region, done, pin.write)
             raise
         return {}
 
-    def _unpin_ranges(self, o: PagedObject, ranges: list[tuple[int, int]], write: bool) -> None:
+    def _unpin_ranges(
+        self, region: RegionRecord, ranges: list[tuple[int, int]], write: bool
+    ) -> None:
+        o = region.object
         for first, count in ranges:
-            self.tables.unpin(o.number, o.generation, first, count, write)
+            self.tables.unpin(
+                region.number, region.generation, o.number, o.generation, first, count, write
+            )
 
     def _pin_end(self, worker: _Worker, number: int, pin: _Pin, result: Message) -> Message:
         """Note a granted pin; what happened to its worker meanwhile may take it back at once."""
@@ -507,12 +545,12 @@ class Server:
         if pin is None:
             return
         self._pinned_pages -= pin.pages
-        self._unpin_ranges(pin.region.object, pin.ranges, pin.write)
+        self._unpin_ranges(pin.region, pin.ranges, pin.write)
 
     def _evict_pages(self, region: RegionRecord, ranges: list[tuple[int, int]]) -> Message:
         """Evict, in a service thread; tells how many pages stay."""
-        number = region.object.number
-        return {"left": sum(self.tables.evict(number, first, count) for first, count in ranges)}
+        which = region.number, region.generation
+        return {"left": sum(self.tables.evict(*which, first, count) for first, count in ranges)}
 
     # Checks.
 
@@ -534,6 +572,11 @@ class Server:
 def _inherited(message: Message) -> list[list[int]]:
     """What a child says that it mapped: address, object and generation of each."""
     return protocol.counts_of(message, "regions", 3, config.HELLO_REGIONS)
+
+
+def _mappings_limit() -> int:
+    """How many mappings the kernel lets a process have."""
+    return int(Path("/proc/sys/vm/max_map_count").read_text())
 
 
 def _has_ended(pidfd: int) -> bool:

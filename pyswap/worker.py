@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Attachment:
         self.user_only = False
         self.leaving = False
         self.regions: dict[int, tuple[int, int, int, int]] = {}
+        self.private: set[int] = set()  # addresses of those regions that are copied on write
         self._pending: deque[tuple[int, int]] = deque()
         self._forks: dict[int, tuple[int, int] | None] = {}  # by the thread that forks
         self._lock = threading.Lock()
@@ -177,7 +178,12 @@ class Attachment:
         if self.control is None:
             self.control = native.Control(self.control_fd)
         self._attendant = native.Attendant(
-            self.control, self._channel.fileno(), self.uffd, self._empty_fd, self.token
+            self.control,
+            self._channel.fileno(),
+            self.uffd,
+            self.store_fd,
+            self._empty_fd,
+            self.token,
         )
         return lost
 
@@ -236,21 +242,40 @@ class Attachment:
 
     # Regions.
 
-    def new_region(self, size: int, name: str) -> native.Region:
+    def new_region(self, size: int, name: str, *, private: bool = False) -> native.Region:
         """Make an object of `size` bytes and map it."""
         page = self.settings.page_size
         mapped = -(-max(1, size) // page) * page
         address = native.reserve(mapped)
         try:
-            reply = self.call("create", address=address, size=size, name=name)
+            reply = self.call("create", address=address, size=size, name=name, private=private)
         except BaseException:
             # Interrupted after the request had gone out, the region may exist: this takes it back.
             self.region_ended(address, mapped)
             raise
         offset = int(reply["base"]) * page
         self.regions[address] = (int(reply["object"]), int(reply["generation"]), offset, mapped)
+        if private:
+            self.private.add(address)
+        return self._mapped_region(address, mapped, size)
+
+    def snapshot(self, source: int) -> native.Region:
+        """Map a private region's pages once more, copied on write from here on."""
+        number, generation, offset, mapped = self.regions[source]
+        address = native.reserve(mapped)
         try:
-            native.map_range(address, mapped, self.store_fd, offset, self.uffd)
+            self.call("snapshot", address=source, target=address)
+        except BaseException:
+            self.region_ended(address, mapped)
+            raise
+        self.regions[address] = (number, generation, offset, mapped)
+        self.private.add(address)
+        return self._mapped_region(address, mapped, mapped)
+
+    def _mapped_region(self, address: int, mapped: int, size: int) -> native.Region:
+        """Map a region that the swapper knows; on failure it is ended again."""
+        try:
+            self._map(address)
             region = native.Region(self, address, mapped, size, self.token)
         except BaseException:
             native.reserve_again(address, mapped)
@@ -260,6 +285,28 @@ class Attachment:
         if self._attendant is None or self._attendant.orphaned():
             raise self._ended()
         return region
+
+    def _map(self, address: int) -> None:
+        """Map a region where it was reserved: a private one that was shared may be in pieces."""
+        mapped = self.regions[address][3]
+        page = self.settings.page_size
+        for index, count, number in self.page_runs(address, 0, mapped // page):
+            at = number * page
+            native.map_range(address + index * page, count * page, self.store_fd, at, self.uffd)
+
+    def page_runs(self, address: int, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Where the pages of a region are: (index, pages, page id), in order of the index."""
+        if address not in self.private:
+            yield first, count, self.regions[address][2] // self.settings.page_size + first
+            return
+        end = first + count
+        while first < end:
+            runs = self.call("runs", address=address, first=first, count=end - first)["runs"]
+            if not runs:
+                raise Error("the array is gone")
+            for index, pages, number in runs:
+                yield index, pages, number
+            first = index + pages
 
     def region_ended(self, address: int, mapped: int) -> None:
         """Called when nothing refers to a region any more; its addresses are reserved still."""
@@ -284,6 +331,7 @@ class Attachment:
                     # Only now, so that an interrupt above leaves it to the next flush.
                     address, mapped = self._pending.popleft()
                     self.regions.pop(address, None)
+                    self.private.discard(address)
                     native.unreserve(address, mapped)
             finally:
                 self._lock.release()
@@ -387,6 +435,7 @@ class Attachment:
             native.unreserve(*self._pending.popleft())
         # What another thread of the parent was making or ending is nobody's here.
         self.regions = {a: r for a, r in self.regions.items() if native.owns(a)}
+        self.private.intersection_update(self.regions)
         if prepared is not None:
             self._adopt(*prepared)
         elif self.regions:
@@ -416,9 +465,13 @@ class Attachment:
         self._channel = socket.socket(fileno=channel_fd)
         try:
             self.uffd, self.user_only = _open_uffd()
-            for address, (_, _, offset, mapped) in self.regions.items():
-                native.map_range(address, mapped, self.store_fd, offset, self.uffd)
+            # Nothing is touched before the swapper knows of it: this is the process's only thread.
+            for address in self.regions.keys() - self.private:
+                self._map(address)
             lost = self._hello([(a, o, g) for a, (o, g, _, _) in self.regions.items()])
+            self._pid = os.getpid()
+            for address in self.private.difference(lost):
+                self._map(address)
         except (Error, OSError) as error:
             self._orphan(list(self.regions), str(error))
             return

@@ -39,16 +39,18 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "core.swapmap",
         ),
     ),
+    ("1, what regions share", ("core.family",)),
     ("1, the engine: what is told to a worker", ("core.engine",)),
     ("1, the store: bytes of pages", ("core.store",)),
     ("2, steps that several paths share", ("core.page", "core.victim")),
     ("2, steps made of those", ("core.clean", "core.mapping")),
+    ("2, ranges of pages", ("core.evict",)),
+    ("2, copies on write", ("core.copy",)),
     (
         "2, paths: verbs over several tables",
         (
             "core.ahead",
             "core.attendant",
-            "core.evict",
             "core.fault",
             "core.fork",
             "core.reclaim",
@@ -74,7 +76,7 @@ LEVEL = {name: level for level, (_, names) in enumerate(FLOORS) for name in name
 UPWARD = {("array", "pool")}
 
 # Whose word a record's word is: nobody else may do more than read it.
-WORD_HOMES = {"frame.pxd", "region.pxd", "swapmap.pxd"}
+WORD_HOMES = {"copy.pxd", "frame.pxd", "region.pxd", "swapmap.pxd"}
 
 
 def sources(*patterns: str) -> list[Path]:

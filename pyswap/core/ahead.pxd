@@ -12,21 +12,33 @@ from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit
 from pyswap.core.page cimport fill_install, fill_read, fill_undo
 from pyswap.core.pagetable cimport pte_is_slot, pte_read, pte_slot
 from pyswap.core.readahead cimport stream_fell_short
-from pyswap.core.region cimport life_is
+from pyswap.core.region cimport COPYING, life_is, region_lookup
 from pyswap.core.store cimport store_punch, store_write
 
+cdef inline page_id request_page(pool_t *pool, request_t *request, int64_t index) noexcept nogil:
+    """The page id at an index; what is asked for too late, or being copied, is as if it were there: not read."""
+    cdef uint64_t page = 0
+    if not pool.objects[request.object].is_private:
+        return pool.objects[request.object].base + <uint64_t>index
+    if not region_lookup(pool, request.region, request.region_generation, index, &page):
+        return pool.objects[request.object].base + <uint64_t>index
+    return page & ~COPYING
+
+
 cdef inline uint32_t ahead_claim(
-    pool_t *pool, request_t *request, page_id base, int64_t *index, uint32_t *left, frame_id *frames, bint *short_of
+    pool_t *pool, request_t *request, int64_t *index, uint32_t *left, frame_id *frames, bint *short_of
 ) noexcept nogil:
     """Claim and install frames for a run of pages in neighbouring slots; moves *index and *left past it."""
     cdef uint32_t n = 0
-    cdef uint64_t pte
+    cdef uint64_t pte, page
+    cdef page_id first_page = 0
     cdef frame_id f
     cdef slot_id first_slot = SLOT_NONE
     cdef bint adjacent = request.stride == 1 or request.stride == -1
     short_of[0] = False
     while left[0] and n < pool.header.chunk_pages:
-        pte = pte_read(pool, base + <uint64_t>index[0])
+        page = request_page(pool, request, index[0])
+        pte = pte_read(pool, page)
         if not pte_is_slot(pte):
             if n:
                 break
@@ -35,12 +47,15 @@ cdef inline uint32_t ahead_claim(
             continue
         if n and (not adjacent or <int64_t>pte_slot(pte) != <int64_t>first_slot + <int64_t>n * request.stride):
             break
+        if n and <int64_t>page != <int64_t>first_page + <int64_t>n * request.stride:
+            break
         f = frame_claim(pool, pool.header.minimum_frames)
         if f == FRAME_NONE:
             short_of[0] = True
             break
-        if fill_install(pool, f, base + <uint64_t>index[0], request.object, request.generation, pte):
+        if fill_install(pool, f, page, <uint64_t>index[0], request.object, request.generation, pte):
             if n == 0:
+                first_page = page
                 first_slot = pte_slot(pte)
             frames[n] = f
             n += 1
@@ -81,11 +96,9 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) 
     cdef frame_id frames[256]
     cdef uint32_t n, left = request.count
     cdef int64_t index = request.first, pages, room
-    cdef page_id base
     cdef bint short_of = False
     if not life_is(&pool.objects[request.object].word, request.generation):
         return
-    base = pool.objects[request.object].base
     pages = <int64_t>pool.objects[request.object].pages
     if index < 0 or index >= pages:
         return
@@ -93,7 +106,7 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) 
     if left > room + 1:
         left = <uint32_t>(room + 1)
     while left and not short_of:
-        n = ahead_claim(pool, request, base, &index, &left, frames, &short_of)
+        n = ahead_claim(pool, request, &index, &left, frames, &short_of)
         if n:
             failpoint_visit(pool.header, FP_FILL_LOCKED)
             ahead_fill(pool, frames, n, request.stride < 0, buffer)

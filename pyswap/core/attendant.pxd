@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from pyswap.core.kernel cimport uffd_wake
 from pyswap.core.layout cimport header_t
 from pyswap.core.lock cimport load32, mutex_lock, mutex_t, mutex_unlock, store32
-from pyswap.core.order cimport order_take, pyswap_order
+from pyswap.core.order cimport ORDER_REMAP, answer_send, order_take, pyswap_order
 
 cdef extern from *:
     """
@@ -49,6 +49,17 @@ cdef extern from *:
         if (uffd >= 0 && (rc = uffd_register(uffd, address, bytes)) != 0) return rc;
         return mprotect((void *)address, bytes, PROT_READ | PROT_WRITE) < 0 ? -errno : 0;
     }
+    /* Maps other bytes of a file over registered addresses that other threads use meanwhile.  Until it is
+       registered again the kernel maps the bytes by itself, so they must be there, and stay. */
+    static inline int range_remap(uint64_t address, uint64_t bytes, int fd, uint64_t offset, int uffd) {
+        int rc;
+        if (mmap((void *)address, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+                 fd, (off_t)offset) == MAP_FAILED) return -errno;
+        rc = madvise((void *)address, bytes, MADV_DONTFORK) < 0 ? -errno : 0;
+        madvise((void *)address, bytes, MADV_DONTDUMP);
+        madvise((void *)address, bytes, MADV_NOHUGEPAGE);
+        return rc ? rc : uffd_register(uffd, address, bytes);
+    }
     static inline void say(const char *text, size_t n) { if (write(2, text, n) < 0) { /* nobody listens */ } }
     """
     ctypedef unsigned long pthread_t
@@ -56,10 +67,12 @@ cdef extern from *:
     int pthread_join(pthread_t t, void **value) noexcept nogil
     void *range_reserve(uint64_t address, uint64_t bytes) noexcept nogil
     int range_map(uint64_t address, uint64_t bytes, int fd, uint64_t offset, int uffd) noexcept nogil
+    int range_remap(uint64_t address, uint64_t bytes, int fd, uint64_t offset, int uffd) noexcept nogil
     void say(const char *text, size_t n) noexcept nogil
     enum:
         MAX_LOCAL_RANGES
     size_t strlen(const char *s) noexcept nogil
+    int ESRCH
 
 cdef struct range_t:
     uint64_t address
@@ -76,6 +89,7 @@ cdef struct attendant_t:
     header_t *header
     int channel
     int uffd
+    int store_fd
     int empty_fd                # a file of no bytes: what is mapped from it answers with SIGBUS
     uint64_t token
     uint32_t detached           # this process leaves in good order
@@ -151,6 +165,20 @@ cdef inline void attendant_poison(attendant_t *a, uint64_t address, uint64_t byt
     mutex_unlock(&a.ranges.lock)
 
 
+cdef inline int attendant_remap(attendant_t *a, uint64_t address, uint64_t bytes, uint64_t offset) noexcept nogil:
+    """Obey an order; what cannot be registered again is not left to the kernel."""
+    cdef range_t *entry
+    cdef int rc = -ESRCH
+    mutex_lock(&a.ranges.lock)
+    entry = range_find(a.ranges, address)
+    if entry != NULL and entry.token == a.token and not load32(&a.orphaned):
+        rc = range_remap(address, bytes, a.store_fd, offset, a.uffd)
+        if rc != 0:
+            range_poison(a, address, bytes)
+    mutex_unlock(&a.ranges.lock)
+    return rc
+
+
 cdef inline void attendant_orphaned(attendant_t *a) noexcept nogil:
     """The swapper is gone without a word: what it held cannot be had any more, and nobody may hang on it."""
     cdef uint32_t i
@@ -173,8 +201,11 @@ cdef inline void *attendant_main(void *argument) noexcept nogil:
     cdef attendant_t *a = <attendant_t *>argument
     cdef pyswap_order order
     while order_take(a.channel, &order):
-        say(order.text, order.length)
-        attendant_poison(a, order.address, order.bytes)
+        if order.kind == ORDER_REMAP:
+            answer_send(a.channel, order.copy, attendant_remap(a, order.address, order.bytes, order.offset))
+        else:
+            say(order.text, order.length)
+            attendant_poison(a, order.address, order.bytes)
     if not load32(&a.detached) and not load32(&a.header.ended):
         attendant_orphaned(a)
     return NULL

@@ -33,7 +33,6 @@ from pyswap.core.layout cimport (
     C_WRITE_CALLS,
     C_WRITE_ERRORS,
     PRESENT,
-    REGION_NONE,
     SLOT_NONE,
     WORKER_WORDS,
     frame_t,
@@ -50,7 +49,7 @@ from pyswap.core.lock cimport (
     load64,
     loadi64,
 )
-from pyswap.core.region cimport region_of
+from pyswap.core.region cimport clones_t, life_drop, life_hold, region_page, regions_of
 from pyswap.core.swapmap cimport slot_free, slot_use, slots_reserve
 from pyswap.core.victim cimport victim_t, victims_compact, victims_drop, victims_drop_clean
 
@@ -67,24 +66,49 @@ cdef inline void mappers_union(pool_t *pool, victim_t *victims, uint32_t n, uint
             bits[k] |= load64(&pool.frames[victims[i].frame].mappers[k])
 
 
+cdef inline bint region_protect(
+    pool_t *pool, region_id r, uint32_t generation, victim_t *victims, uint32_t n
+) noexcept nogil:
+    """Write-protect those of a run that one region maps; False where one could not be.
+
+    An entry of its map that names a victim cannot become another while the victim is locked.  One that is
+    COPYING is mapped yet by its old page id, or not in sight: it is pinned, and no victim (R11).
+    """
+    cdef uint32_t i = 0, run
+    cdef int64_t index = <int64_t>pool.frames[victims[0].frame].index
+    cdef bint done = True
+    if not life_hold(&pool.regions[r].word, generation):
+        return True
+    if index + n > <int64_t>pool.regions[r].pages:
+        i = n
+    while i < n and done:
+        run = 0
+        while i + run < n and region_page(pool, r, index + i + run) == victims[i + run].page:
+            run += 1
+        if run:
+            done = engine_protect(pool, r, generation, index + i, run) == 0
+        i += run + 1
+    life_drop(&pool.regions[r].word)
+    return done
+
+
 cdef inline bint run_protect(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """Write-protect a run of neighbouring pages of one object wherever it may be mapped."""
     cdef uint64_t bits[4]
     cdef object_id o = pool.frames[victims[0].frame].object
     cdef worker_id worker
-    cdef region_id r
-    cdef uint32_t generation = 0
+    cdef clones_t clones
+    cdef uint32_t i
     cdef int k
     mappers_union(pool, victims, n, bits)
     for k in range(WORKER_WORDS):
         worker = k * 64
         while bits[k]:
             if bits[k] & 1:
-                r = region_of(pool, o, worker, &generation)
-                if r != REGION_NONE and engine_protect(
-                    pool, r, generation, <int64_t>(victims[0].page - pool.regions[r].base), n
-                ):
-                    return False
+                regions_of(pool, o, worker, &clones)
+                for i in range(clones.count):
+                    if not region_protect(pool, clones.regions[i], clones.generations[i], victims, n):
+                        return False
             bits[k] >>= 1
             worker += 1
     return True
@@ -99,6 +123,7 @@ cdef inline uint32_t victims_protect(pool_t *pool, victim_t *victims, uint32_t n
             i + run < n
             and victims[i + run].page == victims[i].page + run
             and pool.frames[victims[i + run].frame].object == pool.frames[victims[i].frame].object
+            and pool.frames[victims[i + run].frame].index == pool.frames[victims[i].frame].index + run
         ):
             run += 1
         if not run_protect(pool, &victims[i], run):

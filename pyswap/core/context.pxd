@@ -10,6 +10,7 @@ from pyswap.core.layout cimport (
     header_t,
     object_id,
     object_t,
+    page_id,
     region_id,
     region_t,
     slot_t,
@@ -43,9 +44,27 @@ cdef struct request_t:
     int64_t first               # page index
     int64_t stride
     uint32_t count
-    region_id region            # whose stream to tell when frames ran out; REGION_NONE: nobody's
-    uint32_t stream
+    region_id region            # whose map to follow, and whose stream to tell when frames ran out
+    uint32_t region_generation
+    uint32_t stream             # STREAMS: nobody's
     uint32_t stream_generation
+
+cdef struct family_t:           # the page ids that the regions of one private object share
+    mutex_t lock                # guards the rest
+    uint32_t count              # extents, holes among them; 0 until the object is first shared
+    uint32_t unswept            # a page without references may still have a frame or a slot
+    page_id extents[1024]       # first page ids, each of as many pages as the object; NO_EXTENT: a hole
+    int64_t live[1024]          # page ids with references
+
+cdef struct copy_t:             # a run of copies that an attendant is about to map
+    uint64_t word               # see copy.pxd: generation, state
+    region_id region
+    uint32_t generation         # of the region
+    int64_t index
+    uint32_t count
+    worker_id worker
+    page_id page                # the first of the new ones, which are consecutive
+    page_id old[64]             # what the map named before
 
 cdef struct starved_t:          # a fault that found no free frame
     worker_id worker
@@ -59,6 +78,7 @@ cdef struct attached_t:         # the swapper's own side of one worker
     region_id *regions          # sorted by address
     int uffd
     int channel                 # to its attendant
+    int64_t breaks              # of all its regions
 
 cdef struct pool_t:
     header_t *header
@@ -68,6 +88,7 @@ cdef struct pool_t:
     object_t *objects
     slot_t *slots
     uint64_t *pages             # the page table
+    uint32_t *references        # by page id; of private objects that were shared
     uint8_t *store              # this process's alias of the whole page store
     uint64_t page_bytes
     uint32_t page_shift
@@ -105,9 +126,16 @@ cdef struct pool_t:
     starved_t starved[1024]
     uint32_t starved_sequence   # futex
 
+    copy_t copies[1024]
+    uint32_t copies_next        # where the search for a free one begins
+    uint32_t copied_sequence    # futex: bumped when an attendant has answered
+    uint32_t mappings_limit     # vm.max_map_count
+
     attached_t attached[256]
     detector_t **detectors      # by region id
-    region_id **mapped          # by object id: its region in each worker
+    region_id **mapped          # by object id: its first region in each worker
+    family_t **families         # by object id; NULL until the object is first shared
+    uint64_t **maps             # by region id: its page ids by index; NULL: base + index
 
 
 cdef inline void count(pool_t *pool, int which, uint64_t n) noexcept nogil:

@@ -7,20 +7,24 @@ Every verb holds the region (R2).  A region that has ended is unmapped already: 
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport count, pool_t
+from pyswap.core.context cimport attached_t, count, family_t, pool_t
+from pyswap.core.family cimport NO_EXTENT, family_of, page_lives
 from pyswap.core.frame cimport frame_end_lock, waiters_t
 from pyswap.core.kernel cimport uffd_continue, uffd_protect, uffd_wake
 from pyswap.core.layout cimport (
     C_POISONED,
-    REGION_NONE,
     WORKER_WORDS,
     frame_t,
+    object_id,
+    object_t,
+    page_id,
     region_id,
     region_t,
     worker_id,
 )
-from pyswap.core.order cimport ORDER_POISON, order_send, poison_text
-from pyswap.core.region cimport life_drop, life_hold, region_of, region_over
+from pyswap.core.lock cimport load32, load64, mutex_lock, mutex_unlock
+from pyswap.core.order cimport ORDER_POISON, ORDER_REMAP, order_send, poison_text
+from pyswap.core.region cimport clones_t, life_drop, life_hold, regions_of
 
 cdef extern from *:
     int ENOENT
@@ -105,14 +109,50 @@ cdef inline void engine_wake(pool_t *pool, region_id r, uint32_t generation, int
     life_drop(&region.word)
 
 
+cdef inline bint wake_index(pool_t *pool, object_id o, worker_id worker, uint64_t index) noexcept nogil:
+    """Let the faults at an index happen again in every region of an object; False where there is none."""
+    cdef clones_t clones
+    cdef uint32_t i
+    regions_of(pool, o, worker, &clones)
+    for i in range(clones.count):
+        if index < pool.regions[clones.regions[i]].pages:
+            engine_wake(pool, clones.regions[i], clones.generations[i], <int64_t>index)
+    return clones.count != 0
+
+
+cdef inline void wake_page(pool_t *pool, worker_id worker, page_id page) noexcept nogil:
+    """Let the faults at a page id happen again, of whatever object: looked for one by one."""
+    cdef attached_t *a = &pool.attached[worker]
+    cdef object_t *object
+    cdef family_t *family
+    cdef object_id o = 0
+    cdef page_id first = NO_EXTENT
+    cdef uint32_t i, e
+    mutex_lock(&a.lock)
+    for i in range(a.count):
+        o = pool.regions[a.regions[i]].object
+        object = &pool.objects[o]
+        if object.base <= page < object.base + object.pages:
+            first = object.base
+            break
+        family = family_of(pool, o)
+        if family == NULL:
+            continue
+        for e in range(load32(&family.count)):
+            if load64(&family.extents[e]) <= page < load64(&family.extents[e]) + object.pages:
+                first = load64(&family.extents[e])
+        if first != NO_EXTENT:
+            break
+    mutex_unlock(&a.lock)
+    if first != NO_EXTENT:
+        wake_index(pool, o, worker, page - first)
+
+
 cdef inline void engine_wake_waiters(pool_t *pool, waiters_t *waiters) noexcept nogil:
     """Wake whoever noted itself at a frame, after its lock has ended."""
     cdef int i
     cdef worker_id worker
     cdef uint64_t bits
-    cdef region_id r
-    cdef uint32_t generation = 0
-    cdef region_t *region
     if not waiters.any:
         return
     for i in range(WORKER_WORDS):
@@ -120,15 +160,10 @@ cdef inline void engine_wake_waiters(pool_t *pool, waiters_t *waiters) noexcept 
         worker = i * 64
         while bits:
             if bits & 1:
-                r = region_of(pool, waiters.object, worker, &generation)
-                if r == REGION_NONE or not (
-                    pool.regions[r].base <= waiters.page < pool.regions[r].base + pool.regions[r].pages
-                ):
+                wake_index(pool, waiters.object, worker, waiters.index)
+                if not page_lives(pool, waiters.object, waiters.page):
                     # A fill that was too late for its object, and is undone, held the page of another.
-                    r = region_over(pool, worker, waiters.page, &generation)
-                if r != REGION_NONE:
-                    region = &pool.regions[r]
-                    engine_wake(pool, r, generation, <int64_t>(waiters.page - region.base))
+                    wake_page(pool, worker, waiters.page)
             bits >>= 1
             worker += 1
 
@@ -149,11 +184,25 @@ cdef inline void engine_poison(
     if not life_hold(&region.word, generation):
         return
     poison_text(text, sizeof(text), pool.objects[region.object].name, <uint64_t>index, why, error)
-    if order_send(
-        pool.attached[region.worker].channel, ORDER_POISON, page_address(pool, region, index), pool.page_bytes, text
-    ):
+    if order_send(pool.attached[region.worker].channel, ORDER_POISON, page_address(pool, region, index),
+                  pool.page_bytes, 0, 0, text):
         # Its channel is full of orders: let the fault come again rather than wait here.
         uffd_wake(pool.attached[region.worker].uffd, page_address(pool, region, index), pool.page_bytes)
     else:
         count(pool, C_POISONED, 1)
     life_drop(&region.word)
+
+
+cdef inline bint engine_remap(
+    pool_t *pool, region_t *region, int64_t index, uint32_t pages, page_id page, uint64_t copy
+) noexcept nogil:
+    """Have the attendant map other page ids; the region is held.  False: it takes no orders now."""
+    return order_send(
+        pool.attached[region.worker].channel,
+        ORDER_REMAP,
+        page_address(pool, region, index),
+        <uint64_t>pages << pool.page_shift,
+        page << pool.page_shift,
+        copy,
+        b"",
+    ) == 0

@@ -4,6 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from pyswap.core.clean cimport victims_clean
 from pyswap.core.context cimport pool_t
 from pyswap.core.engine cimport page_unlock
+from pyswap.core.family cimport page_lives
 from pyswap.core.frame cimport (
     COLD,
     LOCKED,
@@ -25,6 +26,7 @@ from pyswap.core.layout cimport (
     WRITEBACK,
     frame_id,
     frame_t,
+    object_id,
     page_id,
 )
 from pyswap.core.lock cimport load64, panic
@@ -124,8 +126,8 @@ cdef inline void pages_cool(pool_t *pool, page_id first, uint64_t n) noexcept no
             cold_put(pool, f)
 
 
-cdef inline uint32_t pages_sweep(pool_t *pool, page_id first, uint32_t n) noexcept nogil:
-    """Free a dying object's pages, in memory and in swap; returns how many somebody else still holds (R7)."""
+cdef inline uint32_t pages_sweep(pool_t *pool, object_id o, page_id first, uint32_t n) noexcept nogil:
+    """Free what dead pages have in memory and in swap; returns how many somebody else still holds (R7)."""
     cdef victim_t victims[256]
     cdef uint32_t i, found = 0, held = 0
     cdef uint64_t pte
@@ -134,7 +136,8 @@ cdef inline uint32_t pages_sweep(pool_t *pool, page_id first, uint32_t n) noexce
         panic("pages_sweep: more than a batch", n, first, 0)
     for i in range(n):
         pte = pte_read(pool, first + i)
-        if pte == PTE_EMPTY:
+        # What was given to a copy meanwhile has a reference; nothing is, as long as its entry is not empty.
+        if pte == PTE_EMPTY or page_lives(pool, o, first + i):
             continue
         if pte_is_slot(pte):
             if pte_change(pool, first + i, pte, PTE_EMPTY):
@@ -146,7 +149,7 @@ cdef inline uint32_t pages_sweep(pool_t *pool, page_id first, uint32_t n) noexce
         if not frame_trylock(frame):
             held += 1
             continue
-        if pte_read(pool, first + i) != pte or frame_state(frame) != PRESENT:
+        if pte_read(pool, first + i) != pte or page_lives(pool, o, first + i) or frame_state(frame) != PRESENT:
             held += 1
             page_unlock(pool, frame)
             continue

@@ -1,17 +1,22 @@
 """The life of a fault: from an address to a mapped page; and pins, which are faults that stay.
 
-    1 find the region   2 feed readahead   3 page_acquire   4 map it, and neighbours   5 unlock
+    1 find the region and the page   2 feed readahead   3 page_acquire   4 map it, and neighbours, or have it copied
+    5 unlock
 
 Who may interleave, and what stops it:
  - the end of the region: it is held around every ioctl (R2)
  - a page that somebody else fills or evicts: the fault has left word, the thread goes on, and it happens again
    after the wake-up
+ - a copy that changes the region's map between 1 and 3: the map is read again under the frame's lock
+ - a fork between the decision that a write needs no copy and the mapping: the region's gate (R10)
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport STARVED_FAULTS, count, pool_t, starved_t
+from pyswap.core.copy cimport copy_start
 from pyswap.core.engine cimport engine_poison, engine_unprotect, engine_wake, page_unlock
-from pyswap.core.frame cimport frame_pin, frame_set_dirty, frame_unpin
+from pyswap.core.family cimport page_is_shared
+from pyswap.core.frame cimport frame_claim_wait, frame_pin, frame_set_dirty, frame_unpin
 from pyswap.core.kernel cimport UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, uffd_wake
 from pyswap.core.layout cimport (
     ADVICE_RANDOM,
@@ -20,6 +25,7 @@ from pyswap.core.layout cimport (
     C_MINOR_FAULTS,
     C_WRITE_FAULTS,
     C_ZERO_FILLS,
+    FRAME_NONE,
     frame_id,
     frame_t,
     region_id,
@@ -30,38 +36,196 @@ from pyswap.core.lock cimport (
     FP_MAP_BEFORE,
     add32,
     failpoint_visit,
+    futex_wait,
     futex_wake,
+    load32,
     mutex_lock,
     mutex_unlock,
     now_ns,
 )
 from pyswap.core.mapping cimport frame_used, map_around, map_run, unprotect_around
-from pyswap.core.page cimport NOTED, STARVED, page_acquire, wanted_t
+from pyswap.core.page cimport ACQUIRED, STALE, STARVED, frame_give_back, page_acquire, wanted_t
 from pyswap.core.readahead cimport detector_feed
-from pyswap.core.region cimport life_drop, life_generation, life_hold, region_copy, region_find
+from pyswap.core.region cimport (
+    COPYING,
+    gate_enter,
+    gate_leave,
+    gate_wait,
+    life_drop,
+    life_generation,
+    life_hold,
+    region_copy,
+    region_find,
+    region_lookup,
+    region_page,
+)
 
 cdef extern from *:
     int EIO
     int ENOENT
     int ENOMEM
+    int ENOSPC
     int EAGAIN
     int ESRCH
 
-cdef inline int page_pin(
-    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, bint write
+cdef struct fault_t:            # a fault, or a pin of one page, on its way
+    worker_id worker
+    uint64_t address
+    uint64_t flags
+    region_id r
+    uint32_t generation
+    region_t region             # as it was when the fault was read
+    int64_t index
+    int64_t stride              # of the stream that it continues; 0: none
+    bint fed                    # readahead knows of it
+    bint write
+    bint protected              # it is mapped, and the write met its protection
+    bint gathered               # pages beside it were brought in, to be copied with it
+    frame_id spare              # claimed for the copy by who waited for it
+    wanted_t want
+
+
+cdef inline const char *fault_reason(int rc) noexcept nogil:
+    if rc == -ENOENT:
+        return b"the array was released"
+    if rc == -ENOMEM:
+        return b"no frame became free in time"
+    if rc == -ENOSPC:
+        return b"memory and swap have no room for its copy"
+    return b"its slot could not be read"
+
+
+cdef inline void fault_map(
+    pool_t *pool, fault_t *fault, frame_id f, bint mapped
 ) noexcept nogil:
-    """Make a page resident, mapped and pinned; want.sleeps is set.  -errno with nothing pinned."""
+    """Map a locked page, or lift its protection where it is mapped, and its neighbours with it."""
+    cdef region_t *region = &fault.region
+    cdef region_id r = fault.r
+    cdef uint32_t generation = fault.generation
+    cdef int64_t index = fault.index
+    cdef int rc
+    failpoint_visit(pool.header, FP_MAP_BEFORE)
+    if mapped:
+        frame_set_dirty(pool, &pool.frames[f])
+        frame_used(pool, &pool.frames[f])
+        rc = engine_unprotect(pool, r, generation, index, 1)
+        unprotect_around(pool, &fault.want, r, region, index, fault.stride)
+    else:
+        rc = map_run(pool, r, generation, index, &f, 1, fault.write)
+        if region.advice != ADVICE_RANDOM:
+            map_around(pool, &fault.want, r, region, index, fault.stride, fault.write)
+    if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
+        # The mapping or its process is going away: what is left of it may fault again.
+        engine_wake(pool, r, generation, index)
+    elif rc != 0:
+        engine_poison(pool, r, generation, index, b"it could not be mapped", -rc)
+
+
+# What became of one try.
+cdef enum outcome:
+    DONE = 0
+    AGAIN = 1                   # the page, or what may be done with it, has changed
+    COPIED = 2                  # the attendant will map a copy of it, and the wake-up follows
+    NO_FRAME = 3                # for the copy
+    BUSY = 4                    # the attendant takes no orders, or no page id is free: let it happen again
+
+
+cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:
+    return pool.attached[worker].breaks > <int64_t>pool.mappings_limit * 3 // 4
+
+
+cdef inline uint32_t copy_limit(pool_t *pool, fault_t *fault) noexcept nogil:
+    """How many pages are copied at once: one, a stream's next ones, or more where mappings run short."""
+    if fault.stride == 1 or mappings_short(pool, fault.worker):
+        return pool.header.around_pages
+    return 1
+
+
+cdef inline outcome private_map(pool_t *pool, fault_t *fault, frame_id f, bint pin, int *rc) noexcept nogil:
+    """What a locked page of a private object needs: mapped as it is, pinned, or copied first (R10)."""
+    cdef region_t *region = &pool.regions[fault.r]
+    cdef bint own = fault.write or pin
+    cdef outcome result = DONE
+    rc[0] = 0
+    if not life_hold(&region.word, fault.generation):
+        return AGAIN
+    if own and not gate_enter(region):
+        life_drop(&region.word)
+        return AGAIN
+    if region_page(pool, fault.r, fault.index) != fault.want.page:
+        result = AGAIN
+    elif own and page_is_shared(pool, region.object, fault.want.page):
+        rc[0] = copy_start(pool, fault.r, fault.index, copy_limit(pool, fault), f, &fault.spare)
+        result = COPIED
+        if rc[0] == STARVED:
+            result = NO_FRAME
+        elif rc[0] == -EAGAIN:
+            result = BUSY
+    elif pin:
+        frame_pin(pool, &pool.frames[f], fault.write)
+        rc[0] = map_run(pool, fault.r, fault.generation, fault.index, &f, 1, fault.write)
+        if rc[0] != 0:
+            frame_unpin(pool, &pool.frames[f], fault.write)
+    else:
+        fault_map(pool, fault, f, fault.protected and not fault.want.filled)
+    if own:
+        gate_leave(region)
+    life_drop(&region.word)
+    return result
+
+
+cdef inline int shared_pin(pool_t *pool, fault_t *fault, frame_id f) noexcept nogil:
+    cdef frame_t *frame = &pool.frames[f]
+    cdef int rc
+    frame_pin(pool, frame, fault.write)
+    rc = map_run(pool, fault.r, fault.generation, fault.index, &f, 1, fault.write)
+    if rc != 0:
+        frame_unpin(pool, frame, fault.write)
+    return rc
+
+
+cdef inline int pin_until_done(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Try until the page is pinned, or the deadline; a copy that it needs first comes from the attendant."""
     cdef frame_id f = 0
-    cdef frame_t *frame
-    cdef int rc = page_acquire(pool, want, &f)
-    if rc != 0:
-        return rc
-    frame = &pool.frames[f]
-    frame_pin(pool, frame, write)
-    rc = map_run(pool, r, generation, index, &f, 1, write)
-    if rc != 0:
-        frame_unpin(pool, frame, write)
-    page_unlock(pool, frame)
+    cdef outcome result = AGAIN
+    cdef uint32_t sequence
+    cdef int rc = 0
+    while result != DONE:
+        sequence = load32(&pool.copied_sequence)
+        if not region_lookup(pool, fault.r, fault.generation, fault.index, &fault.want.page):
+            return -ESRCH
+        rc = STALE if fault.want.page & COPYING else page_acquire(pool, &fault.want, &f)
+        if rc < 0:
+            return rc
+        if rc == ACQUIRED:
+            if fault.region.is_private:
+                result = private_map(pool, fault, f, True, &rc)
+            else:
+                rc = shared_pin(pool, fault, f)
+                result = DONE
+            page_unlock(pool, &pool.frames[f])
+        if rc < 0 and rc != -EAGAIN:
+            return rc
+        if result == NO_FRAME:
+            fault.spare = frame_claim_wait(pool, fault.want.deadline_ns)
+        elif result != DONE:
+            futex_wait(&pool.copied_sequence, sequence, 1_000_000)
+        if result != DONE and now_ns() > fault.want.deadline_ns:
+            return -ENOMEM
+    return rc
+
+
+cdef inline int page_pin(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Make a page resident, mapped and pinned; a private one is this region's own first (R11).
+
+    fault has the region, index, write and want, which sleeps.  -errno with nothing pinned.
+    """
+    cdef int rc
+    fault.stride = 0
+    fault.spare = <frame_id>FRAME_NONE
+    rc = pin_until_done(pool, fault)
+    if fault.spare != FRAME_NONE:
+        frame_give_back(pool, fault.spare)
     return rc
 
 
@@ -74,14 +238,6 @@ cdef inline int page_unpin(pool_t *pool, wanted_t *want, bint write) noexcept no
     frame_unpin(pool, &pool.frames[f], write)
     page_unlock(pool, &pool.frames[f])
     return 0
-
-
-cdef inline const char *fault_reason(int rc) noexcept nogil:
-    if rc == -ENOENT:
-        return b"the array was released"
-    if rc == -ENOMEM:
-        return b"no frame became free in time"
-    return b"its slot could not be read"
 
 
 cdef inline bint starved_put(pool_t *pool, starved_t *fault) noexcept nogil:
@@ -118,87 +274,127 @@ cdef inline void wake_unknown(pool_t *pool, worker_id worker, uint64_t address) 
         life_drop(&pool.workers[worker].word)
 
 
-cdef inline void fault_map(
-    pool_t *pool,
-    wanted_t *want,
-    region_id r,
-    region_t *region,
-    int64_t index,
-    int64_t stride,
-    frame_id f,
-    bint write,
-    bint mapped,
-) noexcept nogil:
-    """Map a locked page, or lift its protection where it is mapped, and its neighbours with it."""
-    cdef uint32_t generation = life_generation(&region.word)
-    cdef int rc
-    failpoint_visit(pool.header, FP_MAP_BEFORE)
-    if mapped:
-        frame_set_dirty(pool, &pool.frames[f])
-        frame_used(pool, &pool.frames[f])
-        rc = engine_unprotect(pool, r, generation, index, 1)
-        unprotect_around(pool, want, r, region, index, stride)
+cdef inline bint fault_find(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Which page of which object; False when there is nothing to do for this fault any more."""
+    # A region that ends from here on makes the engine's verbs do nothing.
+    if not region_find(pool, fault.worker, fault.address, &fault.r, &fault.generation) or not region_copy(
+        pool, fault.r, fault.generation, &fault.region
+    ):
+        wake_unknown(pool, fault.worker, fault.address)
+        return False
+    fault.index = <int64_t>((fault.address - fault.region.address) >> pool.page_shift)
+    if not region_lookup(pool, fault.r, fault.generation, fault.index, &fault.want.page):
+        wake_unknown(pool, fault.worker, fault.address)
+        return False
+    # The address has the old page yet, or is out of sight: the wake-up comes with the copy.
+    if fault.want.page & COPYING:
+        return False
+    fault.want.object = fault.region.object
+    fault.want.object_generation = fault.region.object_generation
+    fault.want.index = <uint64_t>fault.index
+    fault.want.worker = fault.worker
+    return True
+
+
+cdef inline bint fault_starved(pool_t *pool, fault_t *fault) noexcept nogil:
+    """No frame is free: leave the fault to the threads that wait for one; False where there is no room."""
+    cdef starved_t starved
+    starved.worker = fault.worker
+    starved.address = fault.address
+    starved.flags = fault.flags
+    return not fault.want.patient and starved_put(pool, &starved)
+
+
+cdef inline void fault_gather(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Mappings run short: bring in what is to be copied with the page, so that the run is long."""
+    cdef wanted_t near = fault.want
+    cdef uint32_t i
+    cdef frame_id f = 0
+    cdef uint64_t page = 0
+    fault.gathered = True
+    for i in range(1, pool.header.around_pages):
+        if fault.index + i >= <int64_t>fault.region.pages:
+            return
+        if not region_lookup(pool, fault.r, fault.generation, fault.index + i, &page):
+            return
+        near.page = page & ~COPYING
+        near.index = <uint64_t>fault.index + i
+        near.patient = False
+        if page & COPYING or not page_is_shared(pool, near.object, near.page):
+            return
+        if page_acquire(pool, &near, &f) != ACQUIRED:
+            return
+        page_unlock(pool, &pool.frames[f])
+
+
+cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept nogil:
+    """One try at a fault whose page is known."""
+    cdef frame_id f = 0
+    cdef outcome result = DONE
+    if fault.write and not fault.gathered and mappings_short(pool, fault.worker):
+        fault_gather(pool, fault)
+    rc[0] = page_acquire(pool, &fault.want, &f)
+    if rc[0] == STARVED and not fault_starved(pool, fault):
+        fault.want.patient = True
+        rc[0] = page_acquire(pool, &fault.want, &f)
+    if rc[0] == STALE:
+        return AGAIN
+    if rc[0] != ACQUIRED:
+        rc[0] = 0 if rc[0] > 0 else rc[0]
+        return DONE
+    # Counted before the thread goes on, so that it finds its own faults in the numbers.
+    count(
+        pool,
+        C_WRITE_FAULTS if fault.protected else C_MAJOR_FAULTS if fault.want.read else C_MINOR_FAULTS,
+        1,
+    )
+    if fault.want.filled and not fault.want.read:
+        count(pool, C_ZERO_FILLS, 1)
+    # The mapping, under the frame's lock; then whoever waited for the page faults again.
+    if fault.region.is_private:
+        result = private_map(pool, fault, f, False, rc)
     else:
-        rc = map_run(pool, r, generation, index, &f, 1, write)
-        if region.advice != ADVICE_RANDOM:
-            map_around(pool, want, r, region, index, stride, write)
-    if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
-        # The mapping or its process is going away: what is left of it may fault again.
-        engine_wake(pool, r, generation, index)
-    elif rc != 0:
-        engine_poison(pool, r, generation, index, b"it could not be mapped", -rc)
+        fault_map(pool, fault, f, fault.protected and not fault.want.filled)
+    page_unlock(pool, &pool.frames[f])
+    return result
 
 
 cdef inline void fault_resolve(
     pool_t *pool, worker_id worker, uint64_t address, uint64_t flags, uint8_t *buffer, bint patient
 ) noexcept nogil:
-    cdef region_id r = 0
-    cdef uint32_t generation = 0
-    cdef region_t region
-    cdef wanted_t want
-    cdef starved_t starved
-    cdef frame_id f = 0
-    cdef int64_t index, stride
-    cdef bint write = (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0
-    cdef bint mapped = (flags & UFFD_PAGEFAULT_FLAG_WP) != 0
-    cdef int rc
-    # 1. Which page of which object.  A region that ends from here on makes the verbs below do nothing.
-    if not region_find(pool, worker, address, &r, &generation) or not region_copy(
-        pool, r, generation, &region
-    ):
-        wake_unknown(pool, worker, address)
-        return
-    index = <int64_t>((address - region.address) >> pool.page_shift)
-    want.object = region.object
-    want.object_generation = region.object_generation
-    want.page = region.base + <uint64_t>index
-    want.worker = worker
-    want.sleeps = False
-    want.buffer = buffer
-    want.patient = patient
-    want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
-    # 2. Readahead first, so that it goes on while this page is read.
-    stride = detector_feed(pool, r, index)
-    # 3. The frame.
-    rc = page_acquire(pool, &want, &f)
-    if rc == STARVED:
-        starved.worker = worker
-        starved.address = address
-        starved.flags = flags
-        if starved_put(pool, &starved):
-            return
-        want.patient = True
-        rc = page_acquire(pool, &want, &f)
-    if rc == NOTED:
-        return
-    if rc < 0:
-        engine_poison(pool, r, generation, index, fault_reason(rc), -rc if rc == -EIO else 0)
-        return
-    # Counted before the thread goes on, so that it finds its own faults in the numbers.
-    count(pool, C_WRITE_FAULTS if mapped else C_MAJOR_FAULTS if want.read else C_MINOR_FAULTS, 1)
-    if want.filled and not want.read:
-        count(pool, C_ZERO_FILLS, 1)
-    # 4. The mapping, under the frame's lock.
-    fault_map(pool, &want, r, &region, index, stride, f, write, mapped and not want.filled)
-    # 5. Done; whoever waited for the page faults again.
-    page_unlock(pool, &pool.frames[f])
+    cdef fault_t fault
+    cdef outcome result = AGAIN
+    cdef int rc = 0
+    fault.worker = worker
+    fault.address = address
+    fault.flags = flags
+    fault.write = (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0
+    fault.protected = (flags & UFFD_PAGEFAULT_FLAG_WP) != 0
+    fault.gathered = False
+    fault.spare = <frame_id>FRAME_NONE
+    fault.want.sleeps = False
+    fault.want.buffer = buffer
+    fault.want.patient = patient
+    fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
+    fault.stride = 0
+    fault.fed = False
+    while result == AGAIN and fault_find(pool, &fault):
+        # Readahead first, so that it goes on while this page is read.
+        if not fault.fed:
+            fault.fed = True
+            fault.stride = detector_feed(pool, fault.r, fault.index)
+        result = fault_try(pool, &fault, &rc)
+        if result == NO_FRAME and not fault_starved(pool, &fault):
+            fault.spare = frame_claim_wait(pool, fault.want.deadline_ns)
+            result = AGAIN
+        if result == AGAIN:
+            gate_wait(&pool.regions[fault.r])
+            if now_ns() > fault.want.deadline_ns:
+                rc = -ENOMEM
+                break
+    if result == BUSY:
+        engine_wake(pool, fault.r, fault.generation, fault.index)
+    elif rc < 0:
+        engine_poison(pool, fault.r, fault.generation, fault.index, fault_reason(rc), -rc if rc == -EIO else 0)
+    if fault.spare != FRAME_NONE:
+        frame_give_back(pool, fault.spare)

@@ -70,6 +70,7 @@ cdef struct waiters_t:          # whom to wake once a lock has ended
     uint64_t bits[4]
     bint any
     page_id page
+    uint64_t index
     object_id object
 
 
@@ -238,6 +239,7 @@ cdef inline void frame_end_lock(pool_t *pool, frame_t *frame, bint release, wait
     cdef int i
     waiters.any = False
     waiters.page = frame.page
+    waiters.index = frame.index
     waiters.object = frame.object
     for i in range(WORKER_WORDS):
         waiters.bits[i] = 0

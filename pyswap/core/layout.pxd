@@ -5,7 +5,9 @@ The lock tree, outermost first (a step upwards, or sideways to a second frame, i
     worker.lock                 one worker's list of regions; memory only, never across a system call
       frame (LOCKED)            one page: its bytes, descriptor, mappings; the only lock held
                                 across I/O, a blocking system call or a wait
-        free.lock  slots.lock  readahead.lock  stream.lock      leaves
+        region.gate             shared: what a write may do to a private page is being decided; taken under
+                                a frame by a try; exclusive: a fork copies the map, holding nothing else
+        free.lock  slots.lock  readahead.lock  stream.lock  family.lock  copies.lock     leaves
 
 Rules, cited by number in the code:
 
@@ -24,6 +26,11 @@ Rules, cited by number in the code:
  R8  Nothing in core/ touches a Python object or the GIL.
  R9  Bytes of the store are made only by fallocate or write, never by a touch, under the lock of the page's frame in
      FILLING.
+ R10 A page of a private object with more than one reference is mapped writable nowhere.  A reference is added only
+     with the gate of the region that is copied shut; a region's map entry changes only under the lock of the
+     frame that it named, with the gate entered.
+ R11 A pinned page is never shared: fork copies it early.  What a worker's attendant is about to map is pinned until
+     it says so, since the mapping is out of the userfaultfd's sight meanwhile.
 
 The frame's states, and what is true in each:
 
@@ -59,7 +66,11 @@ cdef enum:
     MAX_OBJECTS = 65536
     MAX_REGIONS = 262144
     MAX_BATCH_PAGES = 256       # one write, one readahead request, one sweep
-    MAX_AROUND_PAGES = 64       # one fault-around
+    MAX_AROUND_PAGES = 64       # one fault-around, one run of copies
+    MAX_FAMILY_REGIONS = 512    # regions that share the pages of one private object
+    MAX_EXTENTS = 1024          # two for each of those
+    MAX_CLONES = 128            # of those, in one process
+    MAX_COPIES = 1024           # runs of copies that attendants are about to map
     NAME_BYTES = 72
     EXTENT_ALIGN_PAGES = 512    # page table entries of two objects never share a kernel page
     SLOT_CHUNK = 256            # slots whose records fill one kernel page of the swap map
@@ -95,6 +106,8 @@ cdef enum:
     C_READ_ERRORS
     C_WRITE_ERRORS
     C_POISONED
+    C_COW_COPIES
+    C_COW_REMAPS
 
 # The frame's states.
 cdef enum:
@@ -141,7 +154,9 @@ cdef struct frame_t:
     # Changed by atomic or; cleared under LOCKED:
     uint64_t mappers[4]         # workers that may map the page: a superset
     uint64_t waiters[4]         # workers whose faults wait for LOCKED to end
-    uint64_t pad[4]
+    # Guarded by LOCKED:
+    uint64_t index              # the page's place in its object, the same in every region
+    uint64_t pad[3]
 
 cdef struct slot_t:
     uint64_t word               # see swapmap.pxd
@@ -152,7 +167,7 @@ cdef struct object_t:
     page_id base
     uint64_t pages
     uint64_t size_bytes
-    uint32_t regions            # processes that map it, and fork preparations
+    uint32_t is_private         # copied on write after fork: its pages have references and its regions maps
     uint32_t pad
     char name[72]
     uint64_t pad2[2]
@@ -166,7 +181,10 @@ cdef struct region_t:
     worker_id worker
     uint32_t advice
     uint32_t object_generation
-    uint64_t pad2[2]
+    uint32_t gate               # see region.pxd
+    region_id next              # the worker's next region of the same object
+    uint32_t is_private
+    uint32_t breaks             # neighbours whose page ids are not: each begins another mapping
 
 cdef struct worker_t:
     uint64_t word               # as a region's
@@ -187,6 +205,7 @@ cdef struct header_t:
     uint64_t offset_objects
     uint64_t offset_slots
     uint64_t offset_pages
+    uint64_t offset_references
     uint64_t size_bytes
     # Watermarks of free frames: readahead stops at `minimum`, reclaim starts at `low`, ends at `high`.
     uint32_t minimum_frames

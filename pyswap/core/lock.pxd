@@ -144,6 +144,10 @@ cdef enum failpoint:
     FP_EVICT_PUNCHED        # bytes are gone, the entry still names the frame
     FP_EVICT_ENTRY          # the entry is changed, the frame not yet free
     FP_FALLOCATE            # memory for a frame: errno
+    FP_COPY_MADE            # a run of pages is copied, the map not yet changed
+    FP_COPY_ORDERED         # the attendant has its order, the frames are locked yet
+    FP_COPY_ANSWERED        # the attendant has mapped the copies, nobody knows yet
+    FP_FORK_COPIED          # a fork has added its references, nothing is write-protected yet
 
 
 cdef inline int failpoint_visit(header_t *header, int which) noexcept nogil:

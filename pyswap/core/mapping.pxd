@@ -1,12 +1,14 @@
 """Mapping pages whose frames are locked: the one asked for, and what is worth mapping with it.
 
 The order is R3's: the mapper is noted and DIRTY is set before the page becomes reachable or writable.  The frames
-of neighbours are taken by trylock, since the first is held.
+of neighbours are taken by trylock, since the first is held.  Whoever maps private pages holds their region, and for
+writing has entered its gate (R10).
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_map, engine_unprotect, engine_wake, page_unlock
+from pyswap.core.family cimport page_is_shared
 from pyswap.core.frame cimport (
     AHEAD,
     COLD,
@@ -35,7 +37,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
-from pyswap.core.region cimport life_generation
+from pyswap.core.region cimport COPYING, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -45,9 +47,11 @@ cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
         count(pool, C_READAHEAD_HITS, 1)
 
 
-cdef inline bint maps_writable(frame_t *frame, bint write) noexcept nogil:
-    """A dirty page may be mapped writable at once; one whose bytes are being written may not."""
-    return write or (frame_has(frame, DIRTY) and frame_state(frame) == PRESENT)
+cdef inline bint maps_writable(pool_t *pool, frame_t *frame, bint write) noexcept nogil:
+    """A dirty page may be mapped writable at once; one whose bytes are being written, or a private one, may not."""
+    if write or pool.objects[frame.object].is_private:
+        return write
+    return frame_has(frame, DIRTY) and frame_state(frame) == PRESENT
 
 
 cdef inline bint is_mapper(frame_t *frame, worker_id worker) noexcept nogil:
@@ -71,7 +75,7 @@ cdef inline int map_run(
         if write:
             frame_set_dirty(pool, frame)
         else:
-            writable = maps_writable(frame, False)
+            writable = maps_writable(pool, frame, False)
         add_mapper(frame, pool.regions[r].worker)
         frame_used(pool, frame)
     rc = engine_map(pool, r, generation, index, n, writable, &existed)
@@ -85,7 +89,7 @@ cdef inline int map_run(
 
 
 cdef inline uint32_t gather_zero(
-    pool_t *pool, wanted_t *want, uint32_t limit, frame_id *frames
+    pool_t *pool, wanted_t *want, region_id r, uint32_t limit, bint write, frame_id *frames
 ) noexcept nogil:
     """Frames for untouched pages from want.page on, filled with zeros and locked: none that must be waited for."""
     cdef uint32_t n = 0, i
@@ -93,12 +97,18 @@ cdef inline uint32_t gather_zero(
     cdef frame_id f
     while n < limit:
         pte = pte_read(pool, want.page + n)
-        if pte != 0:
+        if pte != 0 or region_page(pool, r, <int64_t>want.index + n) != want.page + n:
+            break
+        if write and page_is_shared(pool, want.object, want.page + n):
             break
         f = frame_claim(pool, pool.header.low_frames)
         if f == FRAME_NONE:
             break
-        if not fill_install(pool, f, want.page + n, want.object, want.object_generation, pte):
+        if not fill_install(pool, f, want.page + n, want.index + n, want.object, want.object_generation, pte):
+            break
+        # A copy may have been made of it since; from here on the lock forbids that.
+        if region_page(pool, r, <int64_t>want.index + n) != want.page + n:
+            fill_undo(pool, f, False)
             break
         frames[n] = f
         n += 1
@@ -112,15 +122,18 @@ cdef inline uint32_t gather_zero(
     return n
 
 
-cdef inline bint neighbour_lock(pool_t *pool, page_id page, worker_id worker, frame_id *got) noexcept nogil:
-    """Lock a resident page that the worker has not mapped yet; a trylock, since another frame is held."""
+cdef inline bint neighbour_lock(
+    pool_t *pool, region_id r, int64_t index, page_id page, bint mapped, bint write, frame_id *got
+) noexcept nogil:
+    """Lock a resident page that the worker has mapped, or has not; a trylock, since another frame is held."""
     cdef uint64_t pte = pte_read(pool, page)
-    if not pte_is_frame(pte):
+    cdef region_t *region = &pool.regions[r]
+    if not pte_is_frame(pte) or (write and page_is_shared(pool, region.object, page)):
         return False
     got[0] = pte_frame(pte)
-    if is_mapper(&pool.frames[got[0]], worker) or not frame_trylock(&pool.frames[got[0]]):
+    if is_mapper(&pool.frames[got[0]], region.worker) != mapped or not frame_trylock(&pool.frames[got[0]]):
         return False
-    if pte_read(pool, page) != pte:
+    if pte_read(pool, page) != pte or region_page(pool, r, index) != page:
         page_unlock(pool, &pool.frames[got[0]])
         return False
     return True
@@ -135,8 +148,8 @@ cdef inline void map_resident(
     cdef frame_id f = 0
     cdef bint writable, run_writable = False
     cdef int64_t first = index
-    while index < end and neighbour_lock(pool, want.page + n, want.worker, &f):
-        writable = maps_writable(&pool.frames[f], write)
+    while index < end and neighbour_lock(pool, r, index, want.page + n, False, write, &f):
+        writable = maps_writable(pool, &pool.frames[f], write)
         if n and writable != run_writable:
             page_unlock(pool, &pool.frames[f])
             break
@@ -168,11 +181,12 @@ cdef inline void map_around(
         limit = <uint32_t>(<int64_t>region.pages - first)
     if limit == 0:
         return
-    near.page = region.base + first
+    near.page = region_page(pool, r, first) & ~COPYING
+    near.index = <uint64_t>first
     # Only a stream that writes is taken to write its neighbours too.
     write = write and stride == 1
     if stride == 1 and pte_read(pool, near.page) == 0:
-        n = gather_zero(pool, &near, limit, zeroed)
+        n = gather_zero(pool, &near, r, limit, write, zeroed)
         if n:
             map_run(pool, r, generation, first, zeroed, n, write)
         for i in range(n):
@@ -188,25 +202,19 @@ cdef inline void unprotect_around(
     cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id run[64]
     cdef uint32_t n = 0, i, limit = pool.header.around_pages
-    cdef uint64_t pte
-    cdef frame_t *frame
+    cdef int64_t next = index + 1
     if stride != 1:
         return
-    while n < limit and index + 1 + n < <int64_t>region.pages:
-        pte = pte_read(pool, want.page + 1 + n)
-        if not pte_is_frame(pte):
+    while n < limit and next < <int64_t>region.pages:
+        if not neighbour_lock(pool, r, next, want.page + 1 + n, True, True, &run[n]):
             break
-        frame = &pool.frames[pte_frame(pte)]
-        if frame_has(frame, DIRTY) or not is_mapper(frame, want.worker) or not frame_trylock(frame):
+        if frame_has(&pool.frames[run[n]], DIRTY) and not region.is_private:
+            page_unlock(pool, &pool.frames[run[n]])
             break
-        run[n] = pte_frame(pte)
+        frame_set_dirty(pool, &pool.frames[run[n]])
+        frame_used(pool, &pool.frames[run[n]])
         n += 1
-        if pte_read(pool, want.page + n) != pte:
-            n -= 1
-            page_unlock(pool, frame)
-            break
-        frame_set_dirty(pool, frame)
-        frame_used(pool, frame)
+        next += 1
     if n:
         engine_unprotect(pool, r, generation, index + 1, n)
     for i in range(n):

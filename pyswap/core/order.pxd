@@ -1,12 +1,19 @@
-"""An order from the swapper to a worker's attendant: one message on their channel, and the words it says."""
-from libc.stdint cimport uint32_t, uint64_t
+"""An order from the swapper to a worker's attendant, one message on their channel; and the answer to a remap.
+
+ORDER_POISON    say the words, and have touches of the range end in SIGBUS
+ORDER_REMAP     map the store from `offset` on over the range, and answer
+"""
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
-    struct pyswap_order { uint32_t kind, length; uint64_t address, bytes; char text[240]; };
+    struct pyswap_order { uint32_t kind, length; uint64_t address, bytes, offset, copy; char text[240]; };
+    struct pyswap_answer { uint64_t copy; int32_t rc, pad; };
     /* Never waits: -EAGAIN when the attendant has not kept up. */
-    static inline int order_send(int fd, uint32_t kind, uint64_t address, uint64_t bytes, const char *text) {
-        struct pyswap_order o = { .kind = kind, .address = address, .bytes = bytes };
+    static inline int order_send(int fd, uint32_t kind, uint64_t address, uint64_t bytes, uint64_t offset,
+                                 uint64_t copy, const char *text) {
+        struct pyswap_order o = { .kind = kind, .address = address, .bytes = bytes, .offset = offset,
+                                  .copy = copy };
         int n = snprintf(o.text, sizeof o.text, "%s", text);
         o.length = (uint32_t)(n < (int)sizeof o.text ? n : (int)sizeof o.text - 1);
         return send(fd, &o, sizeof o, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -errno : 0;
@@ -16,6 +23,21 @@ cdef extern from *:
         ssize_t n;
         do n = recv(fd, o, sizeof *o, 0); while (n < 0 && errno == EINTR);
         return n == (ssize_t)sizeof *o;
+    }
+    /* Waits until the swapper takes it, or has ended. */
+    static inline void answer_send(int fd, uint64_t copy, int rc) {
+        struct pyswap_answer a = { .copy = copy, .rc = rc };
+        while (send(fd, &a, sizeof a, MSG_NOSIGNAL) < 0 && errno == EINTR) { /* again */ }
+    }
+    /* 1, 0 when there is none, or -errno: the channel has ended, or what came is no answer. */
+    static inline int answer_take(int fd, uint64_t *copy, int32_t *rc) {
+        struct pyswap_answer a;
+        ssize_t n = recv(fd, &a, sizeof a, MSG_DONTWAIT | MSG_TRUNC);
+        if (n < 0) return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+        if (n != (ssize_t)sizeof a) return n == 0 ? -EPIPE : 0;
+        *copy = a.copy;
+        *rc = a.rc;
+        return 1;
     }
     static inline void poison_text(char *out, size_t size, const char *name, uint64_t page,
                                    const char *why, int error) {
@@ -32,10 +54,17 @@ cdef extern from *:
         uint32_t length
         uint64_t address
         uint64_t bytes
+        uint64_t offset
+        uint64_t copy
         char *text
-    int order_send(int fd, uint32_t kind, uint64_t address, uint64_t bytes, const char *text) noexcept nogil
+    int order_send(
+        int fd, uint32_t kind, uint64_t address, uint64_t bytes, uint64_t offset, uint64_t copy, const char *text
+    ) noexcept nogil
     bint order_take(int fd, pyswap_order *o) noexcept nogil
+    void answer_send(int fd, uint64_t copy, int rc) noexcept nogil
+    int answer_take(int fd, uint64_t *copy, int32_t *rc) noexcept nogil
     void poison_text(char *out, size_t size, const char *name, uint64_t page, const char *why, int error) noexcept nogil
 
 cdef enum:
     ORDER_POISON = 1
+    ORDER_REMAP = 2

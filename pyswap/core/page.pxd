@@ -6,13 +6,14 @@
 Who may interleave, and what stops it:
  - two fills of one page: the compare-and-swap of the entry; the loser frees its frame and starts again
  - an eviction between reading the entry and locking: the entry is read again under the lock
- - the end of the object: R7
+ - the end of the object, or of the page's last reference: R7
  - somebody else who fills or evicts the page: the caller leaves word, or sleeps for the lock
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_wake_waiters, page_unlock
+from pyswap.core.family cimport page_lives
 from pyswap.core.frame cimport (
     frame_claim,
     frame_claim_wait,
@@ -75,12 +76,14 @@ cdef enum acquired:
     ACQUIRED = 0
     NOTED = 1                   # somebody else has the page; the worker will be woken
     STARVED = 2                 # no frame is free, and the caller does not wait for one
+    STALE = 3                   # the page id is nobody's any more: the region's map has another
 
 
 cdef struct wanted_t:
     object_id object
     uint32_t object_generation
     page_id page
+    uint64_t index
     worker_id worker            # noted where the page is locked
     bint sleeps                 # sleep for the lock instead (not in a fault thread)
     bint patient                # wait for a free frame
@@ -102,21 +105,27 @@ cdef inline void fill_undo(pool_t *pool, frame_id f, bint offline) noexcept nogi
     engine_wake_waiters(pool, &waiters)
 
 
+cdef inline void frame_give_back(pool_t *pool, frame_id f) noexcept nogil:
+    """Free a claimed frame that was not installed."""
+    cdef waiters_t waiters
+    frame_set_free(pool, f, &waiters)
+    engine_wake_waiters(pool, &waiters)
+
+
 cdef inline bint fill_install(
-    pool_t *pool, frame_id f, page_id page, object_id o, uint32_t generation, uint64_t pte
+    pool_t *pool, frame_id f, page_id page, uint64_t index, object_id o, uint32_t generation, uint64_t pte
 ) noexcept nogil:
     """Make a claimed frame the page's, in FILLING; False: the frame is free again."""
     cdef frame_t *frame = &pool.frames[f]
-    cdef waiters_t waiters
     frame.page = page
+    frame.index = index
     frame.object = o
     frame.slot = pte_slot(pte)
     if not pte_change(pool, page, pte, pte_make_frame(f)):
-        frame_set_free(pool, f, &waiters)
-        engine_wake_waiters(pool, &waiters)
+        frame_give_back(pool, f)
         return False
-    if not life_is(&pool.objects[o].word, generation):
-        # R7: the sweep of a dying object looks at the page table only after the death is visible.
+    if not life_is(&pool.objects[o].word, generation) or not page_lives(pool, o, page):
+        # R7: who sweeps a dying object or page looks at the page table only after the death is visible.
         fill_undo(pool, f, False)
         return False
     return True
@@ -163,7 +172,7 @@ cdef inline int fill_page(pool_t *pool, frame_id f, uint8_t *buffer) noexcept no
 
 
 cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexcept nogil:
-    """The page's frame, locked and resident (ACQUIRED); NOTED or STARVED; or -errno, with nothing held.
+    """The page's frame, locked and resident (ACQUIRED); NOTED, STARVED or STALE; or -errno, with nothing held.
 
     -ENOENT: the object is gone.  -ENOMEM: no frame became free in time.  Else: the slot could not be read.
     """
@@ -177,6 +186,8 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
     for _ in range(MAX_ROUNDS):
         if not life_is(&pool.objects[want.object].word, want.object_generation):
             return -ENOENT
+        if not page_lives(pool, want.object, want.page):
+            return STALE
         pte = pte_read(pool, want.page)
         if pte_is_frame(pte):
             f = pte_frame(pte)
@@ -201,7 +212,7 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
         f = frame_claim_wait(pool, want.deadline_ns) if want.patient else frame_claim(pool, 0)
         if f == FRAME_NONE:
             return -ENOMEM if want.patient else STARVED
-        if not fill_install(pool, f, want.page, want.object, want.object_generation, pte):
+        if not fill_install(pool, f, want.page, want.index, want.object, want.object_generation, pte):
             continue
         rc = fill_page(pool, f, want.buffer)
         if rc == -EAGAIN:

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport REQUESTS, STREAMS, detector_t, pool_t, request_t, stream_t
 from pyswap.core.layout cimport ADVICE_RANDOM, ADVICE_SEQUENTIAL, region_id, region_t
-from pyswap.core.lock cimport add32, futex_wake, load32, mutex_lock, mutex_trylock, mutex_unlock
+from pyswap.core.lock cimport add32, futex_wake, load32, load64, mutex_lock, mutex_trylock, mutex_unlock
 
 cdef enum:
     MAX_STRIDE_PAGES = 64       # longer steps are not taken for a stream
@@ -106,6 +106,7 @@ cdef inline void stream_ask(
     request.generation = region.object_generation
     request.stride = step
     request.region = r
+    request.region_generation = <uint32_t>(load64(&region.word) >> 32)
     request.stream = <uint32_t>(s - &d.streams[0])
     request.stream_generation = s.generation
     while (limit - s.ahead) * sign > 0:
@@ -149,7 +150,7 @@ cdef inline void stream_fell_short(pool_t *pool, request_t *request, int64_t ind
     """Readahead found no frame for `index`: the stream asks again from there."""
     cdef detector_t *d
     cdef stream_t *s
-    if request.region == <region_id>0xFFFFFFFF:
+    if request.stream >= STREAMS:
         return
     d = pool.detectors[request.region]
     mutex_lock(&d.lock)

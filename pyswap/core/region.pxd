@@ -8,20 +8,51 @@ Each record's word holds its life:
 
 life_hold() lets a thread use the record's address or descriptor: life_end() waits until the last such user is
 gone.  Users hold across ioctls only, never across I/O or a wait, so that wait is short.
+
+A region of a private object that was shared has a map: a page id for each index, with COPYING while its worker's
+attendant is about to map it there.  Its gate says who may decide what a write does to a page:
+
+    bits 0-30   threads that are deciding
+    bit  31     SHUT: a fork is copying the map
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport attached_t, pool_t
-from pyswap.core.layout cimport REGION_NONE, object_id, page_id, region_id, region_t, worker_id
-from pyswap.core.lock cimport cas64, cpu_relax, load32, load64, mutex_lock, mutex_unlock, store64
+from pyswap.core.layout cimport (
+    MAX_CLONES,
+    REGION_NONE,
+    object_id,
+    page_id,
+    region_id,
+    region_t,
+    worker_id,
+)
+from pyswap.core.lock cimport (
+    add32,
+    cas32,
+    cas64,
+    cpu_relax,
+    futex_wait,
+    futex_wake,
+    load32,
+    load64,
+    mutex_lock,
+    mutex_unlock,
+    store32,
+    store64,
+)
 
 cdef extern from *:
     """
     #define LIFE_ALIVE ((uint64_t)1 << 31)
     #define LIFE_USERS (LIFE_ALIVE - 1)
+    #define GATE_SHUT ((uint32_t)1 << 31)
+    #define MAP_COPYING ((uint64_t)1 << 63)
     """
     const uint64_t ALIVE "LIFE_ALIVE"
     const uint64_t USERS_MASK "LIFE_USERS"
+    const uint32_t GATE_SHUT
+    const uint64_t COPYING "MAP_COPYING"
 
 
 cdef inline uint32_t life_generation(const uint64_t *word) noexcept nogil:
@@ -111,25 +142,6 @@ cdef inline bint region_copy(pool_t *pool, region_id r, uint32_t generation, reg
     return True
 
 
-cdef inline region_id region_over(
-    pool_t *pool, worker_id worker, page_id page, uint32_t *generation
-) noexcept nogil:
-    """The worker's region that a page id is in, of whatever object: looked for one by one."""
-    cdef attached_t *a = &pool.attached[worker]
-    cdef region_t *region
-    cdef region_id r = REGION_NONE
-    cdef uint32_t i
-    mutex_lock(&a.lock)
-    for i in range(a.count):
-        region = &pool.regions[a.regions[i]]
-        if region.base <= page < region.base + region.pages:
-            r = a.regions[i]
-            generation[0] = life_generation(&region.word)
-            break
-    mutex_unlock(&a.lock)
-    return r
-
-
 cdef inline bint region_overlaps(pool_t *pool, worker_id worker, uint64_t address, uint64_t size) noexcept nogil:
     """Whether the worker has a region somewhere in a range of addresses."""
     cdef attached_t *a = &pool.attached[worker]
@@ -148,35 +160,143 @@ cdef inline bint region_overlaps(pool_t *pool, worker_id worker, uint64_t addres
 cdef inline void region_insert(pool_t *pool, worker_id worker, region_id r) noexcept nogil:
     """The caller has made room: a.count < a.capacity."""
     cdef attached_t *a = &pool.attached[worker]
+    cdef region_t *region = &pool.regions[r]
     cdef uint32_t place, i
     mutex_lock(&a.lock)
-    place = region_place(pool, a, pool.regions[r].address)
+    place = region_place(pool, a, region.address)
     i = a.count
     while i > place:
         a.regions[i] = a.regions[i - 1]
         i -= 1
     a.regions[place] = r
     a.count += 1
+    a.breaks += region.breaks
+    region.next = load32(&pool.mapped[region.object][worker])
+    store32(&pool.mapped[region.object][worker], r)
     mutex_unlock(&a.lock)
 
 
 cdef inline void region_withdraw(pool_t *pool, worker_id worker, region_id r) noexcept nogil:
     cdef attached_t *a = &pool.attached[worker]
+    cdef region_t *region = &pool.regions[r]
     cdef uint32_t i, kept = 0
+    cdef region_id *link = &pool.mapped[region.object][worker]
     mutex_lock(&a.lock)
     for i in range(a.count):
         if a.regions[i] != r:
             a.regions[kept] = a.regions[i]
             kept += 1
     a.count = kept
+    a.breaks -= region.breaks
+    while link[0] != REGION_NONE and link[0] != r:
+        link = &pool.regions[link[0]].next
+    if link[0] == r:
+        store32(link, region.next)
     mutex_unlock(&a.lock)
 
 
-cdef inline region_id region_of(pool_t *pool, object_id o, worker_id worker, uint32_t *generation) noexcept nogil:
-    """The worker's region of an object, not yet held; REGION_NONE where it has none."""
-    cdef region_id r = load32(&pool.mapped[o][worker])
-    if r != REGION_NONE:
-        generation[0] = life_generation(&pool.regions[r].word)
-        if pool.regions[r].object != o or pool.regions[r].worker != worker:
-            return REGION_NONE
-    return r
+cdef struct clones_t:           # a worker's regions of one object, not held
+    uint32_t count
+    region_id regions[128]
+    uint32_t generations[128]
+
+
+cdef inline void regions_of(pool_t *pool, object_id o, worker_id worker, clones_t *clones) noexcept nogil:
+    """The worker's live regions of an object: one, or as many as there are clones of it."""
+    cdef attached_t *a = &pool.attached[worker]
+    cdef region_id r
+    clones.count = 0
+    if load32(&pool.mapped[o][worker]) == REGION_NONE:
+        return
+    mutex_lock(&a.lock)
+    r = load32(&pool.mapped[o][worker])
+    while r != REGION_NONE and clones.count < MAX_CLONES:
+        clones.regions[clones.count] = r
+        clones.generations[clones.count] = life_generation(&pool.regions[r].word)
+        clones.count += 1
+        r = pool.regions[r].next
+    mutex_unlock(&a.lock)
+
+
+# The map of a private region.
+
+cdef inline uint64_t region_page(pool_t *pool, region_id r, int64_t index) noexcept nogil:
+    """The page id at an index, with COPYING; the region is held, or known not to be private."""
+    cdef uint64_t *map = pool.maps[r]
+    if map == NULL:
+        return pool.regions[r].base + <uint64_t>index
+    return load64(&map[index])
+
+
+cdef inline bint region_lookup(
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, uint64_t *page
+) noexcept nogil:
+    """As region_page(), of a region that is not held; False when it has ended."""
+    if not life_hold(&pool.regions[r].word, generation):
+        return False
+    page[0] = region_page(pool, r, index)
+    life_drop(&pool.regions[r].word)
+    return True
+
+
+cdef inline uint32_t region_run(
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, uint64_t most, page_id *page
+) noexcept nogil:
+    """The page ids from an index on, as long as they are consecutive; 0 when the region has ended."""
+    cdef uint32_t n = 1
+    if not life_hold(&pool.regions[r].word, generation):
+        return 0
+    page[0] = region_page(pool, r, index) & ~COPYING
+    while n < most and (region_page(pool, r, index + n) & ~COPYING) == page[0] + n:
+        n += 1
+    life_drop(&pool.regions[r].word)
+    return n
+
+
+cdef inline int break_at(uint64_t *map, int64_t index, int64_t pages) noexcept nogil:
+    """Whether another mapping begins at an index."""
+    return 0 < index < pages and (map[index] & ~COPYING) != (map[index - 1] & ~COPYING) + 1
+
+
+# The gate.
+
+cdef inline bint gate_enter(region_t *region) noexcept nogil:
+    """Begin to decide about a write; False while a fork copies the map."""
+    cdef uint32_t word
+    while True:
+        word = load32(&region.gate)
+        if word & GATE_SHUT:
+            return False
+        if cas32(&region.gate, word, word + 1):
+            return True
+
+
+cdef inline void gate_leave(region_t *region) noexcept nogil:
+    if add32(&region.gate, <uint32_t>-1) == (GATE_SHUT | 1):
+        futex_wake(&region.gate, 0x7FFFFFFF)
+
+
+cdef inline void gate_wait(region_t *region) noexcept nogil:
+    """Wait while the gate is shut, holding nothing (R4); the caller looks again."""
+    cdef uint32_t word = load32(&region.gate)
+    if word & GATE_SHUT:
+        futex_wait(&region.gate, word, 1_000_000)
+
+
+cdef inline void gate_shut(region_t *region) noexcept nogil:
+    """Keep writes from being decided; returns when nobody is deciding.  One thread forks at a time."""
+    cdef uint32_t word
+    while True:
+        word = load32(&region.gate)
+        if cas32(&region.gate, word, word | GATE_SHUT):
+            break
+    while True:
+        word = load32(&region.gate)
+        if word == GATE_SHUT:
+            return
+        futex_wait(&region.gate, word, 1_000_000)
+
+
+cdef inline void gate_open(region_t *region) noexcept nogil:
+    store32(&region.gate, 0)
+    futex_wake(&region.gate, 0x7FFFFFFF)

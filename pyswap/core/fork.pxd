@@ -1,0 +1,325 @@
+"""The life of a fork, or of a snapshot: regions of private objects get maps of their own over the same pages.
+
+    1 shut the gates   2 copy the maps, a reference for each page   3 write-protect   4 open the gates
+
+Who may interleave, and what stops it:
+ - a write that was found to need no copy before 2, and is mapped after 3: the gates (R10)
+ - the parent's writes between this and fork(): they copy first, since the pages have two references now
+ - pages that are pinned, or about to be mapped by the attendant, cannot be write-protected: the map's copy gets a
+   copy of them (R11)
+ - a child that never comes: region_unshare() gives the references back
+
+The system calls are bounded for a region: what may be mapped writable is protected in at most PROTECT_RANGES ranges,
+whose gaps grow until they are so few, and one more for each pinned page in between.
+"""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort
+
+from pyswap.core.context cimport family_t, pool_t
+from pyswap.core.copy cimport copy_make, page_forget
+from pyswap.core.engine cimport engine_protect, page_unlock
+from pyswap.core.evict cimport pages_sweep
+from pyswap.core.family cimport NO_EXTENT, family_of, page_drop
+from pyswap.core.frame cimport DIRTY, frame_claim_wait, frame_has, frame_sleep, frame_trylock
+from pyswap.core.kernel cimport file_allocate
+from pyswap.core.layout cimport (
+    FRAME_NONE,
+    MAX_BATCH_PAGES,
+    frame_id,
+    frame_t,
+    object_id,
+    object_t,
+    page_id,
+    region_id,
+    region_t,
+)
+from pyswap.core.lock cimport (
+    FP_FORK_COPIED,
+    add32,
+    failpoint_visit,
+    load32,
+    load64,
+    mutex_lock,
+    mutex_unlock,
+    now_ns,
+    store32,
+)
+from pyswap.core.mapping cimport is_mapper
+from pyswap.core.page cimport frame_give_back
+from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
+from pyswap.core.region cimport (
+    COPYING,
+    break_at,
+    gate_open,
+    gate_shut,
+    life_generation,
+    region_page,
+)
+
+cdef extern from *:
+    int EAGAIN
+    int ENOMEM
+
+cdef enum:
+    PROTECT_RANGES = 64
+    EARLY_COPY_WAIT_NS = 1_000_000_000
+
+cdef struct share_t:            # a region, and the one that shares its pages from here on
+    region_id source
+    region_id clone
+
+
+cdef inline int family_extend(pool_t *pool, object_id o, page_id base) noexcept nogil:
+    """Give a private object page ids for copies; the first extent is its own, each page of it with one reference."""
+    cdef object_t *object = &pool.objects[o]
+    cdef family_t *family = pool.families[o]
+    cdef uint64_t i
+    cdef uint32_t e = 0
+    cdef int rc = file_allocate(pool.control_fd, pool.header.offset_references + base * 4, object.pages * 4)
+    if rc == 0 and base != object.base:
+        rc = file_allocate(pool.control_fd, pool.header.offset_pages + base * 8, object.pages * 8)
+    if rc != 0:
+        return rc
+    if base == object.base:
+        for i in range(object.pages):
+            store32(&pool.references[base + i], 1)
+    mutex_lock(&family.lock)
+    while e < family.count and family.extents[e] != NO_EXTENT:
+        e += 1
+    family.extents[e] = base
+    family.live[e] = <int64_t>object.pages if base == object.base else 0
+    if e == family.count:
+        store32(&family.count, e + 1)
+    mutex_unlock(&family.lock)
+    return 0
+
+
+cdef inline uint64_t family_sweep(pool_t *pool, object_id o) noexcept nogil:
+    """Free what pages without references have; returns how many somebody else still holds."""
+    cdef family_t *family = pool.families[o]
+    cdef uint64_t pages = pool.objects[o].pages, held = 0, at, i
+    cdef page_id base
+    cdef uint32_t e, n
+    store32(&family.unswept, 0)
+    for e in range(load32(&family.count)):
+        base = load64(&family.extents[e])
+        at = 0
+        while base != NO_EXTENT and at < pages:
+            n = <uint32_t>(pages - at if pages - at < MAX_BATCH_PAGES else MAX_BATCH_PAGES)
+            for i in range(n):
+                if pte_read(pool, base + at + i) != PTE_EMPTY and not load32(&pool.references[base + at + i]):
+                    held += pages_sweep(pool, o, base + at, n)
+                    break
+            at += n
+    if held:
+        store32(&family.unswept, 1)
+    return held
+
+
+cdef inline page_id family_trim(pool_t *pool, object_id o) noexcept nogil:
+    """Take back an extent that has no page left, but not the first; NO_EXTENT when there is none."""
+    cdef family_t *family = pool.families[o]
+    cdef page_id base = NO_EXTENT
+    cdef uint64_t i
+    cdef uint32_t e
+    mutex_lock(&family.lock)
+    for e in range(family.count):
+        if family.extents[e] == NO_EXTENT or family.extents[e] == pool.objects[o].base or family.live[e]:
+            continue
+        base = family.extents[e]
+        for i in range(pool.objects[o].pages):
+            if pte_read(pool, base + i) != PTE_EMPTY:
+                base = NO_EXTENT
+                break
+        if base != NO_EXTENT:
+            family.extents[e] = NO_EXTENT
+            break
+    mutex_unlock(&family.lock)
+    return base
+
+
+cdef inline int page_copy_early(
+    pool_t *pool, region_t *region, int64_t index, page_id page, uint64_t *copy
+) noexcept nogil:
+    """A pinned page's copy for the clone, made while its owner may go on writing."""
+    cdef uint64_t deadline = now_ns() + EARLY_COPY_WAIT_NS
+    cdef frame_id g = frame_claim_wait(pool, deadline)
+    cdef frame_t *frame
+    cdef page_id made = 0
+    cdef uint64_t pte, word
+    cdef int rc
+    if g == FRAME_NONE:
+        return -ENOMEM
+    while True:
+        pte = pte_read(pool, page)
+        if not pte_is_frame(pte):
+            # The copy that it was did not come about: the map has the page before it again.
+            frame_give_back(pool, g)
+            return -EAGAIN
+        frame = &pool.frames[pte_frame(pte)]
+        word = load64(&frame.word)
+        if not frame_trylock(frame):
+            frame_sleep(frame, word, 100_000_000)
+        elif pte_read(pool, page) == pte:
+            break
+        else:
+            page_unlock(pool, frame)
+    rc = copy_make(pool, region.object, region.object_generation, index, page, NO_EXTENT, g, &made)
+    page_unlock(pool, frame)
+    if rc == 0:
+        page_unlock(pool, &pool.frames[g])
+        copy[0] = made
+    return rc
+
+
+cdef inline bint page_is_pinned(pool_t *pool, page_id page) noexcept nogil:
+    """Exact for a page whose region's gate is shut: pins are taken inside."""
+    cdef uint64_t pte = pte_read(pool, page)
+    return pte_is_frame(pte) and pool.frames[pte_frame(pte)].pins != 0 and pool.frames[pte_frame(pte)].page == page
+
+
+cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
+    """The clone's map: the pages of the source, each with a reference more.  On failure nothing is left of it."""
+    cdef region_t *region = &pool.regions[share.source]
+    cdef uint64_t pages = region.pages, i, page
+    cdef uint64_t *map = <uint64_t *>malloc(pages * 8)
+    cdef uint64_t *own
+    cdef uint32_t breaks = 0
+    cdef int rc = 0
+    if map == NULL:
+        return -ENOMEM
+    if pool.maps[share.source] == NULL:
+        own = <uint64_t *>malloc(pages * 8)
+        if own == NULL:
+            free(map)
+            return -ENOMEM
+        for i in range(pages):
+            own[i] = region.base + i
+        pool.maps[share.source] = own
+    i = 0
+    while i < pages:
+        page = region_page(pool, share.source, <int64_t>i) & ~COPYING
+        map[i] = page
+        if page_is_pinned(pool, page):
+            rc = page_copy_early(pool, region, <int64_t>i, page, &map[i])
+            if rc != 0 and region_page(pool, share.source, <int64_t>i) & ~COPYING != page:
+                continue
+            if rc != 0:
+                break
+        else:
+            add32(&pool.references[page], 1)
+        breaks += break_at(map, <int64_t>i, <int64_t>pages)
+        i += 1
+    if rc != 0:
+        while i > 0:
+            i -= 1
+            page_forget(pool, region.object, map[i])
+        free(map)
+        return rc
+    pool.maps[share.clone] = map
+    pool.regions[share.clone].breaks = breaks
+    return 0
+
+
+cdef inline bint region_unshare(pool_t *pool, object_id o, region_id r) noexcept nogil:
+    """Give up a region's map and references: it has ended, or never begun.  True: there is something to sweep."""
+    cdef uint64_t *map = pool.maps[r]
+    cdef uint64_t i
+    cdef bint last = False
+    if map == NULL:
+        return False
+    for i in range(pool.objects[o].pages):
+        last |= page_drop(pool, o, map[i] & ~COPYING)
+    pool.maps[r] = NULL
+    free(map)
+    return last
+
+
+# Write protection.  A key is an index, shifted, and whether the page is pinned.
+
+cdef inline int compare_keys(const void *a, const void *b) noexcept nogil:
+    cdef uint64_t x = (<uint64_t *>a)[0], y = (<uint64_t *>b)[0]
+    return -1 if x < y else 1 if x > y else 0
+
+
+cdef inline uint32_t writable_keys(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
+    """The places of pages that the region may have mapped writable, in order."""
+    cdef region_t *region = &pool.regions[r]
+    cdef uint32_t n = 0
+    cdef uint64_t f
+    cdef frame_t *frame
+    for f in range(pool.header.frame_count):
+        frame = &pool.frames[f]
+        if frame.object != region.object or not frame_has(frame, DIRTY) or not is_mapper(frame, region.worker):
+            continue
+        if frame.index < region.pages and region_page(pool, r, <int64_t>frame.index) & ~COPYING == frame.page:
+            keys[n] = (frame.index << 1) | (frame.pins != 0)
+            n += 1
+    qsort(keys, n, sizeof(uint64_t), compare_keys)
+    return n
+
+
+cdef inline int keys_protect(
+    pool_t *pool, region_id r, uint64_t *keys, uint32_t n, uint64_t gap, bint issue, uint32_t *ranges
+) noexcept nogil:
+    """Write-protect ranges that leave gaps out that are longer than `gap`; or only count them."""
+    cdef uint32_t generation = life_generation(&pool.regions[r].word), i = 0
+    cdef uint64_t first, last
+    cdef int rc
+    ranges[0] = 0
+    while i < n:
+        if keys[i] & 1:
+            i += 1
+            continue
+        first = last = keys[i] >> 1
+        i += 1
+        while i < n and not keys[i] & 1 and (keys[i] >> 1) - last <= gap:
+            last = keys[i] >> 1
+            i += 1
+        ranges[0] += 1
+        if issue:
+            rc = engine_protect(pool, r, generation, <int64_t>first, <uint32_t>(last - first + 1))
+            if rc != 0:
+                return rc
+    return 0
+
+
+cdef inline int region_protect_all(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
+    """Let no write reach the region's pages any more but the pinned ones."""
+    cdef uint32_t n = writable_keys(pool, r, keys), ranges = 0, before
+    cdef uint64_t gap = 1
+    keys_protect(pool, r, keys, n, gap, False, &ranges)
+    while ranges > PROTECT_RANGES:
+        before = ranges
+        gap *= 4
+        keys_protect(pool, r, keys, n, gap, False, &ranges)
+        if ranges == before and gap > pool.regions[r].pages:
+            break
+    return keys_protect(pool, r, keys, n, gap, True, &ranges)
+
+
+cdef inline int regions_share(pool_t *pool, share_t *shares, uint32_t n) noexcept nogil:
+    """Share the pages of regions with clones, which are not mapped yet; all or none."""
+    cdef uint64_t *keys = <uint64_t *>calloc(pool.header.frame_count, 8)
+    cdef uint32_t i, done = 0
+    cdef int rc = 0
+    if keys == NULL:
+        return -ENOMEM
+    for i in range(n):
+        gate_shut(&pool.regions[shares[i].source])
+    while done < n and rc == 0:
+        rc = map_share(pool, &shares[done])
+        done += rc == 0
+    failpoint_visit(pool.header, FP_FORK_COPIED)
+    i = 0
+    while i < n and rc == 0:
+        rc = region_protect_all(pool, shares[i].source, keys)
+        i += 1
+    while rc != 0 and done > 0:
+        done -= 1
+        if region_unshare(pool, pool.regions[shares[done].source].object, shares[done].clone):
+            store32(&pool.families[pool.regions[shares[done].source].object].unswept, 1)
+    for i in range(n):
+        gate_open(&pool.regions[shares[i].source])
+    free(keys)
+    return rc
