@@ -267,6 +267,7 @@ cdef class Swapper:
         h.around_pages = sizes["around_pages"]
         h.frame_wait_ms = sizes["frame_wait_ms"]
         h.commit_limit_pages = sizes["commit_limit_pages"]
+        h.overcommit = sizes["overcommit"]
         h.swapper_pid = os.getpid()
         h.swapper_generation = 1
         h.state_count[layout.FREE] = sizes["frame_count"]
@@ -343,11 +344,8 @@ cdef class Swapper:
         """No new arrays from here on."""
         store32(&self.pool.header.closed, 1)
 
-    def commit(self, uint64_t pages, bint always):
+    def commit(self, uint64_t pages):
         """Note that arrays may come to need so many pages more; False where frames and swap have no room."""
-        if always:
-            commit_give(self.pool, -pages)
-            return True
         return commit_take(self.pool, pages)
 
     def uncommit(self, uint64_t pages):

@@ -88,22 +88,13 @@ class Objects:
         Bytes of a page.
     page_count : int
         Page ids there are.
-    overcommit : bool
-        Whether objects may have more pages together than frames and swap can hold.
     """
 
-    def __init__(
-        self,
-        tables: native.Swapper,
-        page_bytes: int,
-        page_count: int,
-        overcommit: bool,
-    ) -> None:
+    def __init__(self, tables: native.Swapper, page_bytes: int, page_count: int) -> None:
         self.closed = False
         self.live: dict[int, PagedObject] = {}
         self._tables = tables
         self._page_bytes = page_bytes
-        self._overcommit = overcommit
         self._families: dict[int, PagedObject] = {}
         self._extents = Extents(page_count, EXTENT_ALIGN_PAGES)
         self._object_numbers = _Numbers(MAX_OBJECTS)
@@ -126,7 +117,7 @@ class Objects:
         if self.closed:
             raise PoolClosedError("the pool is closed: it makes no more arrays")
         pages = max(1, -(-size // self._page_bytes))
-        if not self._tables.commit(pages, self._overcommit):
+        if not self._tables.commit(pages):
             left = max(0, self._tables.uncommitted()) * self._page_bytes
             raise SwapFullError(
                 f"an array of {format_size(size)} does not fit: frames and swap can take "

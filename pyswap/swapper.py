@@ -89,9 +89,7 @@ class Server:
             {**setup["sizes"], "mappings_limit": _mappings_limit()},
         )
         sizes = setup["sizes"]
-        self.objects = Objects(
-            self.tables, sizes["page_bytes"], sizes["page_count"], setup["overcommit"]
-        )
+        self.objects = Objects(self.tables, sizes["page_bytes"], sizes["page_count"])
         self._workers: dict[int, _Worker] = {}
         self._leaving: list[_Worker] = []
         self._selector = selectors.DefaultSelector()

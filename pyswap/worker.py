@@ -106,12 +106,12 @@ class Attachment:
                 "page_count": page_count,
                 "page_bytes": s.page_size,
                 "commit_limit_pages": limit,
+                "overcommit": s.overcommit,
                 "frame_wait_ms": config.FRAME_WAIT_MS,
             }
             setup = {
                 "name": s.name,
                 "sizes": sizes,
-                "overcommit": s.overcommit,
                 "control_fd": self.control_fd,
                 "store_fd": self.store_fd,
                 "swap_fd": swap_fd,

@@ -56,7 +56,7 @@ cdef inline bint commit_take(pool_t *pool, uint64_t pages) noexcept nogil:
     cdef uint64_t committed
     while True:
         committed = load64(&pool.header.committed_pages)
-        if committed + pages > load64(&pool.header.commit_limit_pages):
+        if not pool.header.overcommit and committed + pages > load64(&pool.header.commit_limit_pages):
             return False
         if cas64(&pool.header.committed_pages, committed, committed + pages):
             return True

@@ -39,6 +39,7 @@ from pyswap.core.lock cimport (
     failpoint_visit,
     load32,
     load64,
+    loadi64,
     mutex_lock,
     mutex_unlock,
     now_ns,
@@ -185,6 +186,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
     cdef uint64_t *map = <uint64_t *>malloc(pages * 8)
     cdef uint64_t *own
     cdef uint32_t breaks = 0
+    cdef bint pinned = loadi64(&pool.header.pinned_count) != 0
     cdef int rc = 0
     if map == NULL:
         return -ENOMEM
@@ -200,7 +202,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
     while i < pages:
         page = region_page(pool, share.source, <int64_t>i) & ~COPYING
         map[i] = page
-        if page_is_pinned(pool, page):
+        if pinned and page_is_pinned(pool, page):
             rc = page_copy_early(pool, region, <int64_t>i, page, &map[i])
             if rc != 0 and region_page(pool, share.source, <int64_t>i) & ~COPYING != page:
                 continue

@@ -220,6 +220,8 @@ cdef struct header_t:
     uint32_t swapper_generation
     uint32_t ended              # the swapper is ending in good order
     uint32_t closed             # no new arrays
+    uint32_t overcommit         # arrays may have more pages than frames and swap can hold
+    uint32_t pad
     uint64_t committed_pages
     uint64_t commit_limit_pages
     # Changed by atomic addition:
