@@ -20,7 +20,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in \
 # A test that hangs in a page fault cannot be interrupted: its process ends, with all stacks shown.
 PYTEST := -m pytest --timeout=300 --timeout-method=thread
 # The demo's and the bench's tests need packages of their own.
-CORE_ONLY := --ignore=tests/test_continents.py --ignore=tests/test_bench.py
+CORE_ONLY := --ignore=tests/test_continents.py --ignore=tests/test_what_if.py --ignore=tests/test_bench.py
 
 .PHONY: demo test bench test-pythons clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Private arrays: each process's own after fork, over pages that stay shared until they are written."""
+"""Private arrays: each process's own after fork, over pages shared until they are written."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_does_the_last_sharer_write_in_place(pool: pyswap.Pool) -> None:
     with workers(a, 1) as (child,):
         child.ask(set_page, 5, -1)
         before = pool.stats().cow_copies
-        # The child has a copy of this one; and after its end, all the others are the parent's alone.
+        # The child has a copy of this one; after its end, all the others are the parent's alone.
         set_page(a, 5, 77)
         assert pool.stats().cow_copies == before
         assert child.ask(first_words)[5] == -1

@@ -135,10 +135,20 @@ cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:
 
 
 cdef inline uint32_t copy_limit(pool_t *pool, fault_t *fault) noexcept nogil:
-    """How many pages are copied at once: one, a stream's next ones, or more where mappings run short."""
-    if fault.stride == 1 or mappings_short(pool, fault.worker):
-        return pool.header.around_pages
-    return 1
+    """How many pages are copied at once: one, a stream's next ones, or more where mappings run short.
+
+    A stream gets as many copies as it has made before, so that no more than half are in vain.
+    """
+    cdef uint32_t n = 1, limit = pool.header.around_pages
+    if mappings_short(pool, fault.worker):
+        return limit
+    if fault.stride != 1:
+        return 1
+    while n < limit and <int64_t>n <= fault.index and not page_is_shared(
+        pool, fault.want.object, region_page(pool, fault.r, fault.index - n) & ~COPYING
+    ):
+        n += 1
+    return n
 
 
 cdef inline outcome private_map(pool_t *pool, fault_t *fault, frame_id f, bint pin, int *rc) noexcept nogil:
