@@ -26,7 +26,8 @@ class GoneError(Error):
     """An array that a pickle or a name refers to has been freed.
 
     Raised by loading a pickle, or attaching by name, when the object's last reference in the
-    last process has ended, when it was released, or when the pool that held it is no more.
+    last process has ended, or when it was released. Of a pool that is no more, see
+    `PoolClosedError`.
     """
 
 

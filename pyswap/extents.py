@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 
 __all__ = ["Extents"]
 
@@ -41,6 +41,16 @@ class Extents:
                     self._free[i] = (first + wanted, count - wanted)
                 return first
         raise MemoryError(f"no run of {pages} page ids is free in the page store")
+
+    def reserve(self, first: int, pages: int) -> None:
+        """Take a certain run, of which every page id is free."""
+        count = self._rounded(pages)
+        i = bisect_right(self._free, (first, 1 << 64)) - 1
+        start, length = self._free.pop(i)
+        if first + count < start + length:
+            self._free.insert(i, (first + count, start + length - first - count))
+        if start < first:
+            self._free.insert(i, (start, first - start))
 
     def give_back(self, first: int, pages: int) -> None:
         """Take back a run that `take` gave out, and join it with its free neighbours."""

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from .errors import PoolClosedError, SwapFullError
+from ._native import native
+from .errors import GoneError, PoolClosedError, SwapFullError
 from .extents import Extents
 from .sizes import format_size
+from .vault import Vault
 
-if TYPE_CHECKING:
-    from ._native import native
-
-__all__ = ["MAX_OBJECTS", "MAX_REGIONS", "Objects", "PagedObject", "Promise", "RegionRecord"]
+__all__ = [
+    "MAX_OBJECTS",
+    "MAX_REGIONS",
+    "Backing",
+    "Numbers",
+    "Objects",
+    "PagedObject",
+    "RegionRecord",
+]
 
 MAX_OBJECTS = 65536
 MAX_REGIONS = 262144
 EXTENT_ALIGN_PAGES = 512
 MAX_FAMILY_REGIONS = 512
 MAX_CLONES = 128
+PROMISE_CHILD, PROMISE_MAKING = 1, 2
+
+
+@dataclass(frozen=True)
+class Backing:
+    """The file that an object's untouched pages come from.
+
+    They begin at `offset`; `stamp` is what the file must still be. With `read_only`
+    nobody writes to the array, so that no page of it ever needs a slot.
+    """
+
+    fd: int
+    read_only: bool
+    offset: int
+    stamp: int
 
 
 @dataclass
@@ -28,6 +52,8 @@ class PagedObject:
     """The memory behind one array: a run of page ids, and how many regions refer to it.
 
     `extents` has the runs of page ids of a private object that was forked, its own first.
+    `transits` has when each pickle that nobody has loaded yet was made, `kept` whether its name
+    keeps it; each is one of its references. `label` and `layout` are what its maker says of it.
     """
 
     number: int
@@ -35,33 +61,37 @@ class PagedObject:
     base: int
     pages: int
     private: bool = False
+    sparse: bool = False
     references: int = 0
     released: bool = False
     extents: list[int] = field(default_factory=list)
+    read_only: bool = False
+    has_file: bool = False
+    transits: list[float] = field(default_factory=list)
+    kept: bool = False
+    label: str = ""
+    layout: str = ""
 
 
 @dataclass
 class RegionRecord:
-    """One process's mapping of an object."""
+    """One process's mapping of an object, from when it is promised.
+
+    `generation` is 0 until it is begun: a forked child has not mapped it yet. `map` is where its
+    map begins in the table of maps, if it has one.
+    """
 
     number: int
-    generation: int
+    worker: int
     address: int
     object: PagedObject
+    generation: int = 0
     advice: int = 0
+    map: int | None = None
 
 
 @dataclass
-class Promise:
-    """What a forked child will map: an object, and the number of its region if that is made."""
-
-    object: PagedObject
-    advice: int
-    clone: int | None = None
-
-
-@dataclass
-class _Numbers:
+class Numbers:
     """The lowest numbers that nobody has."""
 
     limit: int
@@ -69,12 +99,18 @@ class _Numbers:
     returned: list[int] = field(default_factory=list)
 
     def take(self, what: str) -> int:
+        """Give out a number; MemoryError where all are taken."""
         if self.returned:
             return self.returned.pop()
         if self.next == self.limit:
             raise MemoryError(f"a pool has at most {self.limit} {what}")
         self.next += 1
         return self.next - 1
+
+    def resume(self, used: Iterable[int], high: int) -> None:
+        """Go on where some numbers below `high` are used."""
+        self.next = high
+        self.returned = sorted(set(range(high)) - set(used), reverse=True)
 
 
 class Objects:
@@ -84,26 +120,45 @@ class Objects:
     ----------
     tables : native.Swapper
         The tables that the fault threads read.
+    vault : Vault
+        Where the descriptors of files are kept.
     page_bytes : int
         Bytes of a page.
     page_count : int
         Page ids there are.
     """
 
-    def __init__(self, tables: native.Swapper, page_bytes: int, page_count: int) -> None:
+    def __init__(
+        self, tables: native.Swapper, vault: Vault, page_bytes: int, page_count: int
+    ) -> None:
         self.closed = False
         self.live: dict[int, PagedObject] = {}
         self._tables = tables
+        self._vault = vault
         self._page_bytes = page_bytes
         self._families: dict[int, PagedObject] = {}
+        self._untrimmed: set[int] = set()
         self._extents = Extents(page_count, EXTENT_ALIGN_PAGES)
-        self._object_numbers = _Numbers(MAX_OBJECTS)
-        self._region_numbers = _Numbers(MAX_REGIONS)
+        self._maps = Extents(page_count, EXTENT_ALIGN_PAGES)
+        self._object_numbers = Numbers(MAX_OBJECTS)
+        self._region_numbers = Numbers(MAX_REGIONS)
         self._ending: list[PagedObject] = []
         self._released: list[PagedObject] = []
+        self._in_transit_pages = 0
 
-    def create(self, size: int, name: str, *, private: bool = False) -> PagedObject:
+    def create(
+        self,
+        size: int,
+        name: str,
+        *,
+        private: bool = False,
+        sparse: bool = False,
+        backing: Backing | None = None,
+    ) -> PagedObject:
         """Make an object of `size` bytes; a private one is copied on write after fork.
+
+        The pages of a sparse one, which is private, are committed range by range. The descriptor
+        of `backing` stays the caller's.
 
         Raises
         ------
@@ -117,33 +172,45 @@ class Objects:
         if self.closed:
             raise PoolClosedError("the pool is closed: it makes no more arrays")
         pages = max(1, -(-size // self._page_bytes))
-        if not self._tables.commit(pages):
+        read_only = backing is not None and backing.read_only
+        committed = native.commits(pages, sparse=sparse, read_only=read_only, shared=False)
+        if not self._tables.commit(committed):
             left = max(0, self._tables.uncommitted()) * self._page_bytes
             raise SwapFullError(
                 f"an array of {format_size(size)} does not fit: frames and swap can take "
                 f"{format_size(left)} more; give the pool more swap, or overcommit=True"
             )
         with ExitStack() as undo:
-            undo.callback(self._tables.uncommit, pages)
+            undo.callback(self._tables.uncommit, committed)
             base = self._extents.take(pages)
             undo.callback(self._extents.give_back, base, pages)
             number = self._object_numbers.take("arrays")
             undo.callback(self._object_numbers.returned.append, number)
             generation = self._tables.object_begin(
-                number, base, pages, size, name.encode()[:71], private
+                number, base, pages, size, name.encode()[:71], private, sparse
             )
+            if backing is not None:
+                self._tables.object_file(
+                    number, os.dup(backing.fd), backing.read_only, backing.offset, backing.stamp
+                )
             undo.pop_all()
-        made = PagedObject(number, generation, base, pages, private)
+        made = PagedObject(number, generation, base, pages, private, sparse, read_only=read_only)
+        if backing is not None:
+            made.has_file = True
+            try:
+                self._vault.put("file", number, generation, {}, (backing.fd,))
+            except BaseException:
+                made.references = 1
+                self.live[number] = made
+                self._unrefer(made)
+                raise
         self.live[number] = made
         return made
 
-    def refer(self, o: PagedObject) -> None:
-        """Add a reference: a region, or a fork's promise of one."""
-        o.references += 1
-
-    def unrefer(self, o: PagedObject) -> None:
+    def _unrefer(self, o: PagedObject) -> None:
         """Drop a reference; the last one ends the object."""
         o.references -= 1
+        self._untrimmed.add(o.number)
         if o.references == 0:
             self._end(o)
             self._ending.append(o)
@@ -151,30 +218,84 @@ class Objects:
 
     def release(self, o: PagedObject) -> None:
         """End an object for every process that still maps it."""
+        if o.released:
+            return
         self._end(o)
         # Its page ids stay taken until the last region is gone.
         self._released.append(o)
+        self.keep(o, kept=False)
+        while o.transits:
+            self.receive(o)
         self.sweep()
 
-    def map(
-        self,
-        worker: int,
-        o: PagedObject,
-        address: int,
-        advice: int = 0,
-        clone: int | None = None,
-    ) -> RegionRecord:
-        """Note a region, over a reference that the caller has added, or the clone made for it."""
-        number = self._region_numbers.take("mappings") if clone is None else clone
-        try:
-            generation = self._tables.region_begin(number, worker, o.number, address)
-        except BaseException:
-            if clone is None:
-                self._region_numbers.returned.append(number)
-            raise
-        region = RegionRecord(number, generation, address, o)
-        self.advise(region, advice)
+    def map(self, worker: int, o: PagedObject, address: int) -> RegionRecord:
+        """Note a region; an object that nobody refers to then ends where that fails."""
+        region = self._promise(worker, o, address, 0, PROMISE_MAKING)
+        if o.sparse:
+            self._make_holes(region)
+        self.begin(region)
         return region
+
+    def _make_holes(self, region: RegionRecord) -> None:
+        """Give a sparse object's first region its map and family; on failure nothing is left."""
+        o = region.object
+        try:
+            self._begin_family(o)
+            region.map = self._maps.take(o.pages)
+            self._tables.region_holes(region.number, region.map)
+        except BaseException:
+            self.drop(region)
+            raise
+
+    def begin_range(self, region: RegionRecord, first: int, count: int) -> int:
+        """Commit a range of a sparse object, of pages of zeros; 0 or -errno (core/sparse.pxd)."""
+        done = self._tables.range_begin(region.number, first, count)
+        if done == -errno.EAGAIN:
+            self._tables.family_sweep(region.object.number)
+            done = self._tables.range_begin(region.number, first, count)
+        return done
+
+    def end_range(self, region: RegionRecord, first: int, count: int) -> int:
+        """Free a range of a sparse object; 1, 0 or -errno (core/sparse.pxd)."""
+        return self._tables.range_end(region.number, first, count)
+
+    def move_range(self, region: RegionRecord, first: int, count: int, to: int) -> int:
+        """Have pages and holes change places; 0 or -errno (core/sparse.pxd)."""
+        return self._tables.range_move(region.number, first, count, to)
+
+    def look_at(self, region: RegionRecord, first: int, count: int) -> int:
+        """Tell what is mapped from a page on: a page id, shifted, and how many follow it."""
+        runs = self._tables.region_runs(region.number, region.generation, first, count, 1)
+        if not runs:
+            return -errno.ESRCH
+        ((_, pages, page),) = runs
+        return page << 16 | pages
+
+    def _promise(
+        self, worker: int, o: PagedObject, address: int, advice: int, kind: int
+    ) -> RegionRecord:
+        """Number a region that is not mapped yet, and add its reference."""
+        o.references += 1
+        try:
+            number = self._region_numbers.take("mappings")
+            try:
+                self._tables.region_promise(number, worker, o.number, address, kind)
+            except BaseException:
+                self._region_numbers.returned.append(number)
+                raise
+        except BaseException:
+            self._unrefer(o)
+            raise
+        return RegionRecord(number, worker, address, o, advice=advice)
+
+    def begin(self, region: RegionRecord) -> None:
+        """Let a promised region resolve faults; where that fails, nothing is left of it."""
+        try:
+            region.generation = self._tables.region_begin(region.number)
+        except BaseException:
+            self.drop(region)
+            raise
+        self.advise(region, region.advice)
 
     def advise(self, region: RegionRecord, advice: int) -> None:
         """Set how a region's faults feed readahead; forked children begin with it."""
@@ -185,19 +306,105 @@ class Objects:
         """End regions that their process has unmapped, or that went with it."""
         for region in regions:
             self._tables.region_end(region.number)
-            self._end_region(region.object, region.number)
+            self.drop(region)
 
-    def _end_region(self, o: PagedObject, number: int) -> None:
-        """Give back what an ended region has left, or one that was never begun."""
+    def drop(self, region: RegionRecord) -> None:
+        """Give back what a region has that has ended, or that nobody has signed for."""
+        o = region.object
         if o.private:
-            self._tables.region_unshare(o.number, number)
-        self._region_numbers.returned.append(number)
-        self.unrefer(o)
+            self._tables.region_unshare(o.number, region.number)
+        if region.map is not None:
+            self._tables.map_end(region.map, o.pages)
+            self._maps.give_back(region.map, o.pages)
+        self._tables.region_unpromise(region.number)
+        self._region_numbers.returned.append(region.number)
+        self._unrefer(o)
+
+    def owners(self) -> list[tuple[int, int, int, int]]:
+        """Tell whose page ids are whose: (first page id, pages, object, generation), in order."""
+        rows = []
+        for o in self.live.values():
+            bases = o.extents or [o.base]
+            rows += [(base, o.pages, o.number, o.generation) for base in bases]
+        return sorted(rows)
+
+    # What lives without a region.
+
+    def find(self, number: int, generation: int) -> PagedObject:
+        """Find a living object.
+
+        Raises
+        ------
+        GoneError
+            If there is none any more.
+        """
+        o = self.live.get(number)
+        if o is None or o.generation != generation or o.released:
+            raise GoneError("the array is gone: it was freed, or released, before it was asked for")
+        return o
+
+    def send(self, o: PagedObject, by: tuple[int, int] = (0, 0)) -> None:
+        """Keep an object for whoever will load the pickle that is made of it.
+
+        `by` says which request asks for it, by worker and number, so that it counts once.
+        """
+        o.references += 1
+        if not o.transits:
+            self._in_transit_pages += o.pages
+        o.transits.append(time.monotonic())
+        self._hold(o, by)
+
+    def receive(self, o: PagedObject, by: tuple[int, int] = (0, 0)) -> None:
+        """Take over a pickle's reference, where one is left, by a region that refers to it."""
+        if o.transits:
+            o.transits.pop(0)
+            if not o.transits:
+                self._in_transit_pages -= o.pages
+            self._hold(o, by)
+            self._unrefer(o)
+
+    def drop_transits(self, older_than_s: float) -> int:
+        """Drop the references of pickles made so long ago; tells how many."""
+        before, count = time.monotonic() - older_than_s, 0
+        for o in list(self.live.values()):
+            late = [made for made in o.transits if made <= before]
+            for _ in late:
+                self.receive(o)
+            count += len(late)
+        return count
+
+    def _hold(self, o: PagedObject, by: tuple[int, int] = (0, 0)) -> None:
+        """Write down what keeps an object beside its regions, for a swapper that comes after."""
+        self._tables.object_hold(o.number, len(o.transits), o.kept, *by)
+        self._tables.set_in_transit(self._in_transit_pages)
+
+    def keep(self, o: PagedObject, *, kept: bool) -> None:
+        """Have an object live as long as its name, or no longer."""
+        if kept and not o.kept:
+            o.kept = True
+            o.references += 1
+            self._hold(o)
+        elif not kept and o.kept:
+            o.kept = False
+            self._hold(o)
+            self._unrefer(o)
+
+    def name(self, o: PagedObject, label: str, layout: str) -> None:
+        """Have an object found by a label; `layout` says what it is found as."""
+        self._tables.object_label(o.number, label.encode(), layout.encode())
+        o.label, o.layout = label, layout
+
+    def close(self) -> None:
+        """End creation and attaching, and so what only an attaching process could have loaded."""
+        self.closed = True
+        for o in list(self.live.values()):
+            self.keep(o, kept=False)
+        self.drop_transits(0.0)
 
     # Private objects.
 
-    def promise(self, regions: Iterable[RegionRecord]) -> dict[int, Promise]:
-        """Add references for all that a child will inherit, and return its promises by address.
+    def promise(self, worker: int, regions: Iterable[RegionRecord]) -> dict[int, RegionRecord]:
+        """Add references for all that a child will inherit; its regions to be, by address.
 
         Pages of private objects are shared from here on.
 
@@ -206,54 +413,44 @@ class Objects:
         MemoryError
             If a table is full, or a pinned page could not be copied; then nothing has changed.
         """
-        regions = list(regions)
-        private = [r for r in regions if r.object.private and not r.object.released]
-        clones = dict(zip((r.address for r in private), self._clone(private), strict=True))
-        promised = {}
-        for region in regions:
-            clone = clones.get(region.address)
-            if clone is None:
-                self.refer(region.object)
-            promised[region.address] = Promise(region.object, region.advice, clone)
+        sources = list(regions)
+        promised: dict[int, RegionRecord] = {}
+        try:
+            for r in sources:
+                promised[r.address] = self._promise(
+                    worker, r.object, r.address, r.advice, PROMISE_CHILD
+                )
+            private = [r for r in sources if r.object.private and not r.object.released]
+            self._share([(r, promised[r.address]) for r in private])
+        except BaseException:
+            for region in promised.values():
+                self.drop(region)
+            raise
         return promised
-
-    def unpromise(self, promise: Promise) -> None:
-        """Take back what no child has signed for."""
-        if promise.clone is None:
-            self.unrefer(promise.object)
-        else:
-            self._end_region(promise.object, promise.clone)
 
     def snapshot(self, worker: int, region: RegionRecord, address: int) -> RegionRecord:
         """Map a private object's pages once more in the same process, copied on write."""
         if self._tables.clones(region.object.number, worker) >= MAX_CLONES:
             raise MemoryError(f"a process has at most {MAX_CLONES} snapshots of an array at once")
-        (clone,) = self._clone([region])
+        clone = self._promise(worker, region.object, address, region.advice, PROMISE_MAKING)
         try:
-            return self.map(worker, region.object, address, region.advice, clone)
+            self._share([(region, clone)])
         except BaseException:
-            self._end_region(region.object, clone)
+            self.drop(clone)
             raise
+        self.begin(clone)
+        return clone
 
-    def _clone(self, regions: list[RegionRecord]) -> list[int]:
-        """Return numbers of regions that share the pages of others; all or none."""
-        numbers: list[int] = []
-        objects = [region.object for region in regions]
-        try:
-            for o in objects:
-                self.refer(o)
-                numbers.append(self._region_numbers.take("mappings"))
-            for o in objects:
-                self._extend(o)
-            if regions:
-                pairs = [(r.number, n) for r, n in zip(regions, numbers, strict=True)]
-                self._tables.regions_share(pairs)
-        except BaseException:
-            self._region_numbers.returned.extend(numbers)
-            for o in objects[: len(numbers)]:
-                self.unrefer(o)
-            raise
-        return numbers
+    def _share(self, pairs: list[tuple[RegionRecord, RegionRecord]]) -> None:
+        """Have regions share the pages of others; all or none."""
+        for source, _ in pairs:
+            self._extend(source.object)
+        for source, clone in pairs:
+            for region in (source, clone):
+                if region.map is None:
+                    region.map = self._maps.take(region.object.pages)
+        if pairs:
+            self._tables.regions_share([(r.number, c.number, r.map, c.map) for r, c in pairs])
 
     def _extend(self, o: PagedObject) -> None:
         """See to it that an object has page ids for all copies that its regions may need."""
@@ -262,8 +459,7 @@ class Objects:
                 f"{MAX_FAMILY_REGIONS} processes and snapshots are the most that may share an array"
             )
         if not o.extents:
-            self._tables.family_extend(o.number, o.base)
-            o.extents.append(o.base)
+            self._begin_family(o)
         while len(o.extents) < 2 * o.references:
             base = self._extents.take(o.pages)
             try:
@@ -272,18 +468,73 @@ class Objects:
                 self._extents.give_back(base, o.pages)
                 raise
             o.extents.append(base)
+
+    def _begin_family(self, o: PagedObject) -> None:
+        self._tables.family_extend(o.number, o.base)
+        o.extents.append(o.base)
         self._families[o.number] = o
 
     def _trim(self, o: PagedObject) -> None:
-        """Give back runs of page ids that a family has too many of, and what dead pages hold."""
-        if self._tables.family_unswept(o.number):
-            self._tables.family_sweep(o.number)
+        """Give back runs of page ids that a family has too many of."""
         while len(o.extents) > 2 * max(1, o.references):
             base = self._tables.family_trim(o.number)
             if base is None:
                 return
             o.extents.remove(base)
             self._extents.give_back(base, o.pages)
+
+    # A takeover.
+
+    def resume(self, left: native.Takeover) -> tuple[list[RegionRecord], list[RegionRecord]]:
+        """Go on with what another swapper has left: its regions, and those promised to children.
+
+        An object that nobody refers to any more ends.
+        """
+        objects_high, regions_high = left.highs()
+        for row in left.objects_left():
+            number, generation, base, pages, private, sparse, alive, extents, *rest = row
+            o = PagedObject(number, generation, base, pages, private, sparse, extents=extents)
+            o.released = not alive
+            o.read_only, o.has_file, transits, o.kept, label, layout = rest
+            o.label, o.layout = label.decode(), layout.decode()
+            self.live[number] = o
+            o.transits = [time.monotonic()] * transits
+            o.references = transits + o.kept
+            self._in_transit_pages += pages if transits else 0
+            for first in extents or [base]:
+                self._extents.reserve(first, pages)
+            if extents:
+                self._families[number] = o
+        regions = [self._resume_region(left, *row) for row in left.regions_left()]
+        self._object_numbers.resume(self.live, objects_high)
+        self._region_numbers.resume((r.number for r in regions), regions_high)
+        for o in self.live.values():
+            if o.references == 0:
+                self._end(o)
+                self._ending.append(o)
+            elif o.released:
+                self._released.append(o)
+        begun = [r for r in regions if r.generation]
+        return begun, [r for r in regions if not r.generation]
+
+    def _resume_region(
+        self,
+        left: native.Takeover,
+        number: int,
+        generation: int,
+        worker: int,
+        address: int,
+        o: int,
+        advice: int,
+        place: int | None,
+    ) -> RegionRecord:
+        region = RegionRecord(number, worker, address, self.live[o], generation, advice, place)
+        region.object.references += 1
+        if place is not None:
+            self._maps.reserve(place, region.object.pages)
+        if generation:
+            left.region_adopt(number)
+        return region
 
     def sweep(self) -> bool:
         """Free the pages of ended objects; False while some of them are busy."""
@@ -293,8 +544,15 @@ class Objects:
             for o in self._released
             if o.references and self._tables.object_sweep(o.number, last=False)
         ]
-        for o in self._families.values():
-            self._trim(o)
+        # Not every family each time: only those that lost something since they were looked at.
+        held = 0
+        for number in self._families.keys() & self._tables.families_unswept():
+            held += self._tables.family_sweep(number)
+            self._untrimmed.add(number)
+        while self._untrimmed:
+            number = self._untrimmed.pop()
+            if number in self._families:
+                self._trim(self._families[number])
         busy = []
         for o in self._ending:
             if self._tables.object_sweep(o.number, last=True):
@@ -307,13 +565,14 @@ class Objects:
                     self._extents.give_back(base, o.pages)
                 self._extents.give_back(o.base, o.pages)
                 self._object_numbers.returned.append(o.number)
+                if o.has_file:
+                    self._vault.forget("file", o.number, o.generation)
         self._ending = busy
-        return not busy and not self._released
+        return not (busy or held or self._released)
 
     def _end(self, o: PagedObject) -> None:
         if not o.released:
             o.released = True
             self._tables.object_end(o.number)
-            # Pages of a family were given up one by one, with their last references.
-            if not o.extents:
-                self._tables.uncommit(o.pages)
+            kind = {"sparse": o.sparse, "read_only": o.read_only, "shared": bool(o.extents)}
+            self._tables.uncommit(native.commits(o.pages, **kind))

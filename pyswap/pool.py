@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import operator
 import os
+import pickle
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from . import config
 from ._native import native
-from .array import PIN_PIECE_BYTES, PagedArray, paged, paged_like
-from .errors import Error, PoolClosedError
+from .address import Address
+from .areas import SwapArea
+from .errors import Error, PoolClosedError, SwapFullError
+from .files import Progress, check_room, copy_into, is_plain, opened, read_header
+from .joining import attachment_for
+from .objects import Backing
+from .paged import PIN_PIECE_BYTES, PagedArray, paged, paged_like
 from .pages import overlapped_pages, runs
-from .settings import resolve
+from .segments import open_swap
+from .settings import resolve, resolve_area, resolve_memory
 from .stats import Stats
 from .worker import Attachment, attachment_of
 
@@ -33,6 +41,8 @@ _ADVICE = ("willneed", "dontneed", "sequential", "random", "normal", "pageout")
 
 NAME_LENGTH = 48
 """Characters of an array's name that messages show."""
+LABEL_LENGTH = 1000
+"""Characters of an array's name by which it is found."""
 
 _pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
 _pin_numbers = itertools.count(1)
@@ -54,7 +64,7 @@ class Pool:
         A folder, or a file that does not exist yet; it has no name once the pool is made. By
         default ``$PYSWAP_DIR``, else the temporary folder, or /var/tmp where that is a tmpfs.
     page_size : int or str, optional
-        Bytes of a page, a power of two from 4 KiB to 2 MiB; the library's choice by default.
+        Bytes of a page, a power of two from 4 KiB to 2 MiB; 4 KiB by default.
     name : str, optional
         For messages.
     overcommit : bool, optional
@@ -99,6 +109,9 @@ class Pool:
         sizes = f"{self.memory} bytes in pages of {self.page_size}"
         return f"<pyswap.Pool {self.name!r}: {sizes}, {state}>"
 
+    def __reduce__(self) -> Any:
+        return _pool_there, (self.address(),)
+
     def __enter__(self) -> Self:
         return self
 
@@ -119,13 +132,25 @@ class Pool:
 
     @property
     def memory(self) -> int:
-        """The budget in bytes: whole pages."""
-        return self._settings.memory_bytes
+        """The budget in bytes: whole pages; see `resize`."""
+        control = self._attachment.control
+        if control is None:
+            return self._settings.memory_bytes
+        return int(control.numbers()["memory_pages"]) * self.page_size
 
     @property
     def page_size(self) -> int:
         """Bytes of a page."""
         return self._settings.page_size
+
+    @property
+    def attachment(self) -> Attachment:
+        """This process's part in the pool: for the library itself."""
+        return self._attachment
+
+    def address(self) -> tuple[Any, ...]:
+        """Return all that a process of this user needs to attach, the pool's secret included."""
+        return tuple(self._attachment.address)
 
     @property
     def swapper_pid(self) -> int:
@@ -146,19 +171,8 @@ class Pool:
             If this process no longer uses the pool.
         """
         control = self._control()
-        n = control.numbers()
-        page = self.page_size
-        taken = {name: n[name] for name in Stats.__dataclass_fields__ if name in n}
-        return Stats(
-            **taken,
-            memory_bytes=self.memory,
-            metadata_bytes=os.fstat(self._attachment.control_fd).st_blocks * 512,
-            resident_pages=n["present_frames"] + n["writeback_frames"],
-            swap_bytes=n["slot_count"] * page,
-            swap_used_bytes=n["slots_used"] * page,
-            committed_bytes=n["committed_pages"] * page,
-            workers=len(control.workers()),
-        )
+        metadata_bytes = os.fstat(self._attachment.control_fd).st_blocks * 512
+        return Stats.of(control.numbers(), metadata_bytes, len(control.workers()))
 
     def check(self) -> None:
         """Check the frame table against itself and the store; the pool must be idle.
@@ -171,6 +185,116 @@ class Pool:
         broken = self._call("check").get("broken")
         if broken:
             raise AssertionError(broken)
+
+    def resize(self, memory: str | float) -> None:
+        """Change the budget while processes work.
+
+        Parameters
+        ----------
+        memory : int, str or float
+            As for `Pool`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `memory` makes no sense, or is too little for the processes there are.
+        SwapFullError
+            If arrays have more pages than the new budget and swap can hold.
+        MemoryError
+            If pinned pages leave too little, or pages could not be evicted in time; the budget is
+            then as before.
+
+        Notes
+        -----
+        A lower budget holds when the call returns; until then memory never exceeds the old one.
+        Interrupted, the call leaves it to the swapper to go on. A higher budget than /dev/shm has
+        room for is not reached: the pool goes on with the frames for which there is memory.
+        """
+        self._call("resize", frames=resolve_memory(self._settings, memory))
+
+    # Swap areas.
+
+    def swapon(self, path: str | os.PathLike[str], size: int | str, priority: int = 0) -> SwapArea:
+        """Add a swap area.
+
+        Parameters
+        ----------
+        path : path
+            A folder, or a file that does not exist yet; it has no name once it is made.
+        size : int or str
+            Bytes of it, or a string such as ``"4 GiB"``.
+        priority : int, optional
+            Areas of the highest priority are filled first, those of an equal one in turn. The
+            pool's first area has 0.
+
+        Raises
+        ------
+        ValueError, TypeError, OSError
+            As `Pool` does for `swap` and `swap_path`, and for more areas than a pool may have.
+        """
+        wanted = resolve_area(self._settings, path, size)
+        rank = operator.index(priority)
+        if not -(1 << 31) <= rank < 1 << 31:
+            raise ValueError(f"priority must be an integer of 32 bits, not {rank}")
+        fd, _ = open_swap(wanted)
+        try:
+            made = self._call(
+                "swapon",
+                fds=(fd,),
+                path=str(wanted.swap_path),
+                size=wanted.swap_bytes,
+                priority=rank,
+            )
+        finally:
+            os.close(fd)
+        return next(area for area in self.swaps() if area.number == made["area"])
+
+    def swaps(self) -> tuple[SwapArea, ...]:
+        """Return the swap areas as they are now, in the order in which they were added."""
+        return tuple(SwapArea(**area) for area in self._call("swaps")["areas"])
+
+    def swapoff(self, area: SwapArea, progress: Callable[[int, int], object] | None = None) -> None:
+        """Take a swap area away, while the arrays are in use.
+
+        Its pages go into memory, and from there to other areas; those that were shared stay so.
+
+        Parameters
+        ----------
+        area : SwapArea
+            What `swapon` or `swaps` returned.
+        progress : callable, optional
+            Called now and then with the pages done and all there were at the beginning.
+
+        Raises
+        ------
+        SwapFullError
+            If memory and the other areas cannot hold the pages; nothing has changed then.
+        ValueError
+            If the area is off already, or another process is taking it off.
+
+        Notes
+        -----
+        Interrupted, or ended by an exception of `progress`, it leaves the area on, with the pages
+        that are still in it.
+        """
+        if not isinstance(area, SwapArea):
+            raise TypeError(f"a swap area is needed, not {type(area).__name__}")
+        # What the first call refuses has changed nothing, and may be what another thread is doing.
+        refusals: tuple[type[Exception], ...] = (ValueError, SwapFullError)
+        try:
+            total = int(self._call("swapoff", area=area.number)["total"])
+            refusals = ()
+            while True:
+                left = int(self._call("drain", area=area.number)["left"])
+                if progress is not None:
+                    progress(max(0, total - left), total)
+                if left == 0:
+                    return
+        except BaseException as error:
+            if not isinstance(error, refusals):
+                with suppress(Error):
+                    self._call("swapoff_cancel")
+            raise
 
     # Arrays.
 
@@ -209,24 +333,44 @@ class Pool:
         kind = _with_length(np.dtype(dtype))
         if kind.hasobject:
             raise TypeError(f"dtype {kind} holds Python objects, which cannot be shared or swapped")
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be a str, not {type(name).__name__}")
         laid_out = _order(order, "CF")
-        if self._closed_in == os.getpid():
-            raise PoolClosedError(f"pool {self.name!r} is closed: it makes no more arrays")
+        self._check_new(name)
         dimensions = _dimensions(shape)
         size = kind.itemsize
         for n in dimensions:
             size *= n
+        region = self._new_region(size, name, private=bool(private))
+        made = paged(region, dimensions, kind, "F" if laid_out == "F" else "C")
+        return self._named(made, name)
+
+    def _named(self, a: PagedArray, name: str | None) -> PagedArray:
+        """Have an array found by its name, as it lies in memory now."""
+        if name is not None:
+            start, _ = self._region_of(a)
+            if start not in self._attachment.private:
+                layout = base64.b64encode(pickle.dumps(layout_of(a, start), 4)).decode()
+                label = name[:LABEL_LENGTH]
+                self._call("name", address=start, label=label, layout=layout)
+            self._attachment.labels[start] = name
+        return a
+
+    def name_of(self, a: npt.NDArray[Any]) -> str | None:
+        """Return the name that an array was made with; see `PagedArray.name`."""
+        return self._attachment.labels.get(self._region_of(a)[0])
+
+    def _new_region(self, size: int, name: str | None, **kind: Any) -> native.Region:
         if size >= config.STORE_BYTES:
             raise ValueError(
                 f"an array of {size} bytes is over the {config.STORE_BYTES} that a pool can address"
             )
         label = (name or f"array {next(self._array_numbers)}")[:NAME_LENGTH]
-        region = self._attachment.new_region(
-            size, f"pool {self.name!r}, {label}", private=bool(private)
-        )
-        return paged(region, dimensions, kind, "F" if laid_out == "F" else "C")
+        return self._attachment.new_region(size, f"pool {self.name!r}, {label}", **kind)
+
+    def _check_new(self, name: str | None) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {type(name).__name__}")
+        if self._closed_in == os.getpid():
+            raise PoolClosedError(f"pool {self.name!r} is closed: it makes no more arrays")
 
     def zeros(
         self,
@@ -300,7 +444,7 @@ class Pool:
             )
         made = self._empty_in_order(source.shape, kind, _layout(source, laid_out), name, private)
         np.copyto(made, source, casting="unsafe")
-        return _at_least(made, ndmin)
+        return self._named(_at_least(made, ndmin), name)
 
     def asarray(
         self,
@@ -392,6 +536,7 @@ class Pool:
         *,
         name: str | None = None,
         private: bool = False,
+        progress: Progress | None = None,
     ) -> PagedArray:
         """Return a new one-dimensional array with the binary contents of a file.
 
@@ -405,6 +550,10 @@ class Pool:
             Items to read; -1 for all there are.
         offset : int
             Bytes to skip from the beginning, or from the file object's position.
+        name, private
+            See `empty`.
+        progress : callable, optional
+            Called after each piece with the bytes that were read and all there are to read.
 
         Raises
         ------
@@ -419,8 +568,9 @@ class Pool:
         kernel may not fault pages in (user-mode-only userfaultfd), and no other copy is made.
         """
         if isinstance(file, (str, bytes, os.PathLike)):
-            with open(file, "rb", buffering=0) as opened:
-                return self.fromfile(opened, dtype, count, offset, name=name, private=private)
+            with open(file, "rb", buffering=0) as raw:
+                more: Any = {"name": name, "private": private, "progress": progress}
+                return self.fromfile(raw, dtype, count, offset, **more)
         kind = np.dtype(dtype)
         if kind.itemsize == 0:
             raise ValueError(f"items of dtype {kind} have no bytes")
@@ -434,11 +584,124 @@ class Pool:
                 f"{items} items of {kind.itemsize} bytes were asked for, but {left} bytes are left"
             )
         made = self.empty(items, kind, name=name, private=private)
-        self._read_into(file.fileno(), position, made.reshape(-1).view(np.uint8))
-        file.seek(position + items * kind.itemsize)
+        file.seek(position)
+        self._fill(made.reshape(-1).view(np.uint8), file, progress)
         return made
 
-    def _read_into(self, fd: int, position: int, target: npt.NDArray[np.uint8]) -> None:
+    def load(
+        self,
+        file: Any,
+        member: str | None = None,
+        *,
+        name: str | None = None,
+        private: bool = False,
+        progress: Progress | None = None,
+    ) -> PagedArray:
+        """Return a new array with what `numpy.save` or `numpy.savez` has put into a file.
+
+        Parameters
+        ----------
+        file : path or file object
+            A .npy file or an .npz archive; a file object's position moves past the array.
+        member : str, optional
+            The array's name in an archive.
+        name, private
+            See `empty`.
+        progress : callable, optional
+            Called after each piece with the bytes that were read and all there are to read.
+
+        Raises
+        ------
+        ValueError
+            If the file is no .npy file or holds less than its header says, if its array has Python
+            objects, and if a member is named where there is none or none where there are.
+        KeyError
+            If the archive has no such member.
+        zipfile.BadZipFile
+            If an archive is damaged.
+
+        Notes
+        -----
+        The array is never in memory as a whole: a file is read straight into pinned pieces of
+        it, a member of an archive through a small buffer. See `open_npy` for reading on demand.
+        """
+        with opened(file, member) as stream:
+            header = read_header(stream)
+            check_room(stream, header)
+            order: Literal["C", "F"] = "F" if header.fortran else "C"
+            made = self.empty(header.shape, header.dtype, order, name=name, private=private)
+            if header.size_bytes:
+                target = (made.T if header.fortran else made).reshape(-1).view(np.uint8)
+                self._fill(target, stream, progress)
+            return made
+
+    def open_npy(
+        self,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "c"] = "r",
+        *,
+        name: str | None = None,
+    ) -> PagedArray:
+        """Return an array whose pages are read from a .npy file when they are touched.
+
+        Parameters
+        ----------
+        path : path
+            A .npy file, which is never written to.
+        mode : str
+            "r": the array cannot be written to, and takes no swap. "c": what is written goes to
+            swap, and is seen by all processes that share the array.
+        name : str, optional
+            For messages, which show its beginning.
+
+        Raises
+        ------
+        ValueError
+            If the file is no .npy file or holds less than its header says, or there is no such
+            mode.
+        SwapFullError
+            With "c", if frames and swap cannot hold all of it beside the other arrays.
+        PoolClosedError
+            After `close`.
+
+        Notes
+        -----
+        The file must stay as it is while the array lives. One that is changed or cut meanwhile is
+        an error, never wrong bytes or zeros: a page that is read from it from then on is a line on
+        stderr and SIGBUS in the process that touched it, and an OSError in what pins it. A file
+        that takes its name does not matter. Whether it changed is seen by its size and time.
+        """
+        if mode not in ("r", "c"):
+            raise ValueError(f"mode must be 'r' or 'c', not {mode!r}")
+        self._check_new(name)
+        with open(path, "rb") as file:
+            # Before the header is read, so that no change goes unseen.
+            stamp = native.stamp_of(file.fileno())
+            header = read_header(file)
+            check_room(file, header)
+            backing = Backing(file.fileno(), mode == "r", file.tell(), stamp)
+            if header.size_bytes:
+                region = self._new_region(header.size_bytes, name, backing=backing)
+                order: Literal["C", "F"] = "F" if header.fortran else "C"
+                return self._named(paged(region, header.shape, header.dtype, order), name)
+        made = self.empty(header.shape, header.dtype, name=name)
+        made.flags.writeable = mode == "c"
+        return made
+
+    def _fill(
+        self, target: npt.NDArray[np.uint8], stream: IO[bytes], progress: Progress | None
+    ) -> None:
+        """Read bytes from a stream: straight into the array where they are simply a file's."""
+        if not is_plain(stream):
+            copy_into(target, stream, progress)
+            return
+        position = stream.tell()
+        self._read_into(stream.fileno(), position, target, progress)
+        stream.seek(position + target.size)
+
+    def _read_into(
+        self, fd: int, position: int, target: npt.NDArray[np.uint8], progress: Progress | None
+    ) -> None:
         piece_bytes = max(self.page_size, min(PIN_PIECE_BYTES, self.memory // 4))
         done = 0
         while done < target.size:
@@ -448,6 +711,8 @@ class Pool:
             if n == 0:
                 raise EOFError(f"the file ended {target.size - done} bytes early while it was read")
             done += n
+            if progress is not None:
+                progress(done, target.size)
 
     def release(self, a: npt.NDArray[Any]) -> None:
         """End an array for every process now.
@@ -471,6 +736,23 @@ class Pool:
                 "make it with private=True, or copy it"
             )
         return paged_like(self._attachment.snapshot(start), a, start)
+
+    def drop_transit(self, older_than_s: float = 0.0) -> int:
+        """Drop the references of pickles that nobody has loaded for so many seconds.
+
+        A pickle of an array keeps it alive until it is loaded once, or the pool is closed: this
+        is for those that were lost. `Stats.in_transit_bytes` tells how much they keep.
+
+        Returns
+        -------
+        int
+            How many were dropped. Loading one of them is a `GoneError` once nothing else has the
+            array.
+        """
+        age_s = float(older_than_s)
+        if not 0 <= age_s < 1e9:
+            raise ValueError(f"older_than_s must be from 0 to 1e9 seconds, not {older_than_s!r}")
+        return int(self._call("drop_transit", older_than_ns=int(age_s * 1e9))["dropped"])
 
     # Pages.
 
@@ -545,8 +827,8 @@ class Pool:
         ValueError
             If the memory of `a` is not this pool's.
         """
-        write = bool(a.flags.writeable) if writable is None else bool(writable)
         start, ranges = self._ranges_of(a)
+        write = bool(a.flags.writeable) if writable is None else bool(writable)
         if not ranges:
             yield
             return
@@ -647,7 +929,8 @@ class Pool:
         if len(shape) < 2:
             return made
         # The axes of a dtype that is an array itself come last, and stay there.
-        return made.transpose([*np.argsort(axes), *range(len(shape), made.ndim)])
+        turned = made.transpose([*np.argsort(axes), *range(len(shape), made.ndim)])
+        return self._named(turned, name)
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
@@ -709,6 +992,27 @@ def _at_least(a: PagedArray, ndmin: int) -> PagedArray:
     return a.reshape((1,) * (ndmin - a.ndim) + a.shape) if a.ndim < ndmin else a
 
 
+def pool_at(attachment: Attachment) -> Pool:
+    """Return a pool that this process has a part in."""
+    # Arrays outlive the pool object that made them.
+    pool = _pools.get(attachment.token)
+    if pool is None:
+        pool = Pool.__new__(Pool)
+        pool._begin(attachment)
+    return pool
+
+
+def layout_of(a: npt.NDArray[Any], start: int) -> tuple[Any, ...]:
+    """Describe how a view lies in the region that begins at `start`."""
+    offset = a.__array_interface__["data"][0] - start
+    return offset, a.shape, a.strides, a.dtype, bool(a.flags.writeable)
+
+
+def _pool_there(address: tuple[Any, ...]) -> Pool:
+    """Make the pool that a pickle refers to."""
+    return pool_at(attachment_for(Address(*address)))
+
+
 def pool_of(a: npt.NDArray[Any]) -> Pool:
     """Return the pool whose memory an array is.
 
@@ -718,15 +1022,10 @@ def pool_of(a: npt.NDArray[Any]) -> Pool:
         If it is no pool's.
     """
     found = native.find(a.__array_interface__["data"][0])
-    pool = _pools.get(found[2]) if found else None
-    if pool is None:
-        # Arrays outlive the pool object that made them.
-        attachment = attachment_of(found[2]) if found else None
-        if attachment is None:
-            raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
-        pool = Pool.__new__(Pool)
-        pool._begin(attachment)
-    return pool
+    attachment = attachment_of(found[2]) if found else None
+    if attachment is None:
+        raise ValueError("this memory is no pool's: it was not made by a pyswap.Pool")
+    return pool_at(attachment)
 
 
 def engine_mode() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from array import array
 from typing import Any
 
@@ -17,20 +18,27 @@ from . import config
 from .errors import Error, GoneError, PoolClosedError, SwapFullError, SwapIOError
 
 __all__ = [
+    "LINE_BEGIN",
+    "LINE_END",
+    "LINE_LOOK",
+    "LINE_MOVE",
+    "LOOK_PAGES",
     "Message",
     "count_of",
     "counts_of",
     "failure",
+    "pack_answer",
     "pair",
     "raise_reply",
     "receive",
+    "receive_words",
     "send",
     "text_of",
 ]
 
 Message = dict[str, Any]
 
-MESSAGE_FDS = 4
+MESSAGE_FDS = 6
 """Most descriptors of one message."""
 TEXT_LENGTH = 1000
 """Most characters of an exception's text in a reply."""
@@ -91,6 +99,36 @@ def _parse(data: bytes, flags: int) -> Message:
     if not isinstance(message, dict) or not _is_count(message.get("seq")):
         raise ValueError("no message")
     return message
+
+
+# A line: an allocator's orders, each of five words, and the answers, a word each.
+
+LINE_BEGIN, LINE_END, LINE_MOVE, LINE_LOOK = 1, 2, 3, 4
+LOOK_PAGES = (1 << 16) - 1
+"""Most pages of the answer to LINE_LOOK, which has their number in its lowest 16 bits."""
+_ORDER, _ANSWER = struct.Struct("=5Q"), struct.Struct("=q")
+
+
+def receive_words(line: socket.socket) -> tuple[int, int, int, int, int]:
+    """Receive one order: what to do, a region's address, the first page, how many, and where to.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or the line has ended.
+    """
+    data = line.recv(_ORDER.size + 1)
+    if len(data) != _ORDER.size:
+        raise ValueError("no order")
+    order, address, first, count, to = _ORDER.unpack(data)
+    if order not in (LINE_BEGIN, LINE_END, LINE_MOVE, LINE_LOOK):
+        raise ValueError(f"no order {order}")
+    return order, address, first, count, to
+
+
+def pack_answer(number: int) -> bytes:
+    """Make the answer to an order."""
+    return _ANSWER.pack(number)
 
 
 # The fields of a request, which anybody may have written.

@@ -346,7 +346,8 @@ def _set_direct(fd: int, page_size: int, folder: Path) -> bool:
         return True
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
+            reason = f"cannot write a page of swap: {error.strerror}"
+            raise OSError(error.errno, reason, str(folder)) from None
     fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     _log.warning("no O_DIRECT in %s: swap goes through the page cache, twice in memory", folder)
     return False

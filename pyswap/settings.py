@@ -17,7 +17,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
 
@@ -25,14 +25,25 @@ import psutil
 
 from pyswap.sizes import ADDRESS_SPACE_BYTES, format_size, is_bool, parse_size
 
-__all__ = ["Settings", "available_memory", "is_tmpfs", "resolve"]
+__all__ = [
+    "CgroupLimit",
+    "Settings",
+    "available_memory",
+    "cgroup_limits",
+    "file_system",
+    "is_tmpfs",
+    "resolve",
+    "resolve_area",
+    "resolve_memory",
+    "swap_folder",
+]
 
 MIN_FRAME_COUNT = 128
 """Fewest frames of a pool: below that, batches of evictions and of readahead leave no room."""
 MIN_PAGE_BYTES = 4 << 10
 MAX_PAGE_BYTES = 2 << 20
-DEFAULT_PAGE_SIZE = 64 << 10
-"""Bytes of a page where the user names none and the budget has at least 128 of them."""
+DEFAULT_PAGE_SIZE = 4 << 10
+"""Bytes of a page where the user names none; see ARCHITECTURE.md for why."""
 DEFAULT_SWAP_FACTOR = 4
 """Swap by default, in budgets."""
 
@@ -101,7 +112,7 @@ def resolve(
         A folder, or a file that does not exist yet. By default ``$PYSWAP_DIR``, else the
         temporary folder, or /var/tmp where that one is on a tmpfs.
     page_size : int or str, optional
-        A power of two from 4 KiB to 2 MiB; by default 64 KiB, or less, to have 128 frames.
+        A power of two from 4 KiB to 2 MiB; by default 4 KiB.
     name : str, optional
         1 to 64 letters, digits, dots, underscores and hyphens. Made up by default.
     overcommit : bool, optional
@@ -124,7 +135,7 @@ def resolve(
         make files there; with errno ENOSPC, if the disk has less room than `swap`.
     """
     budget_bytes = _check_memory(memory)
-    page_bytes = _check_page_size(page_size, budget_bytes)
+    page_bytes = _check_page_size(page_size)
     frame_count = _check_frame_count(budget_bytes, page_bytes)
     memory_bytes = frame_count * page_bytes
     swap_bytes = _check_swap(swap, memory_bytes, page_bytes)
@@ -142,6 +153,48 @@ def resolve(
     )
 
 
+def resolve_area(settings: Settings, path: object, size: SupportsIndex | str) -> Settings:
+    """Check what another swap area is made with.
+
+    Parameters
+    ----------
+    settings : Settings
+        The pool's.
+    path : path
+        A folder, or a file that does not exist yet.
+    size : int or str
+        Rounded up to whole pages.
+
+    Returns
+    -------
+    Settings
+        The pool's, with the new area's path and size as its swap.
+
+    Raises
+    ------
+    TypeError, ValueError, OSError
+        As `resolve` does for `swap` and `swap_path`.
+    """
+    if path is None:
+        raise TypeError("path must be a path, not NoneType")
+    swap_bytes = _check_swap(size, settings.memory_bytes, settings.page_size)
+    if swap_bytes == 0:
+        raise ValueError("size is 0, but a swap area must hold a page")
+    where, is_file = _check_swap_path(path, swap_bytes)
+    return replace(
+        settings,
+        swap_bytes=swap_bytes,
+        slot_count=swap_bytes // settings.page_size,
+        swap_path=where,
+        swap_is_file=is_file,
+    )
+
+
+def resolve_memory(settings: Settings, memory: SupportsIndex | SupportsFloat | str) -> int:
+    """Check another budget of a pool, and return its frames; the errors are those of `resolve`."""
+    return _check_frame_count(_check_memory(memory), settings.page_size)
+
+
 def available_memory() -> int:
     """Measure the memory that a new budget may take.
 
@@ -152,17 +205,42 @@ def available_memory() -> int:
         around this process (version 1 or 2, up to the mounted root) has left below its limit.
         Page cache that can be reclaimed counts as available.
     """
-    levels = _cgroup_levels(_PROC)
     machine_bytes = int(psutil.virtual_memory().available)
-    return max(0, min([machine_bytes, *(level.available_bytes for level in levels)]))
+    return max(0, min([machine_bytes, *(limit.available_bytes for limit in cgroup_limits())]))
+
+
+def cgroup_limits() -> list[CgroupLimit]:
+    """Read the limits of all memory cgroups around this process, the innermost first."""
+    return _cgroup_levels(_PROC)
+
+
+def swap_folder() -> Path:
+    """Return the folder of swap files where nobody names one.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `resolve` does for ``$PYSWAP_DIR``.
+    """
+    folder = os.environ.get("PYSWAP_DIR")
+    if not folder:
+        return _default_folder()
+    path, is_file = _check_place(folder, "PYSWAP_DIR")
+    if is_file:
+        raise FileNotFoundError(errno.ENOENT, "PYSWAP_DIR is no existing folder", str(path))
+    return path
+
+
+def file_system(path: str | os.PathLike[str]) -> str:
+    """Return the kind of the file system that `path`, which must exist, is on; "" if unknown."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return next((mount.kind for mount in _mounts(_PROC) if mount.device == number), "")
 
 
 def is_tmpfs(path: str | os.PathLike[str]) -> bool:
     """Tell whether `path`, which must exist, is on a file system that is itself in memory."""
-    device = os.stat(path).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    kinds = [mount.kind for mount in _mounts(_PROC) if mount.device == number]
-    return any(kind in ("tmpfs", "ramfs") for kind in kinds)
+    return file_system(path) in ("tmpfs", "ramfs")
 
 
 def _check_memory(memory: object) -> int:
@@ -180,7 +258,7 @@ def _check_memory(memory: object) -> int:
     ram_bytes = int(psutil.virtual_memory().total)
     if budget_bytes > ram_bytes:
         raise ValueError(_too_much(budget_bytes, "this machine has only", ram_bytes, "of RAM"))
-    limit_bytes = min((level.limit_bytes for level in _cgroup_levels(_PROC)), default=ram_bytes)
+    limit_bytes = min((limit.limit_bytes for limit in cgroup_limits()), default=ram_bytes)
     if budget_bytes > limit_bytes:
         raise ValueError(_too_much(budget_bytes, "its cgroup is limited to", limit_bytes, ""))
     available_bytes = available_memory()
@@ -206,13 +284,10 @@ def _too_much(budget_bytes: int, but: str, bound_bytes: int, of_what: str) -> st
     return text.rstrip()
 
 
-def _check_page_size(page_size: object, budget_bytes: int) -> int:
+def _check_page_size(page_size: object) -> int:
     smallest = max(MIN_PAGE_BYTES, os.sysconf("SC_PAGE_SIZE"))
     if page_size is None:
-        page_bytes = max(DEFAULT_PAGE_SIZE, smallest)
-        while page_bytes > smallest and budget_bytes // page_bytes < MIN_FRAME_COUNT:
-            page_bytes //= 2
-        return page_bytes
+        return max(DEFAULT_PAGE_SIZE, smallest)
     page_bytes = parse_size(page_size, what="page_size")  # type: ignore[arg-type]
     if not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
         raise ValueError(
@@ -281,12 +356,8 @@ def _check_swap_path(given: object, swap_bytes: int) -> tuple[Path | None, bool]
         path, is_file = _check_place(given, "swap_path")
     elif swap_bytes == 0:
         return None, False
-    elif folder := os.environ.get("PYSWAP_DIR"):
-        path, is_file = _check_place(folder, "PYSWAP_DIR")
-        if is_file:
-            raise FileNotFoundError(errno.ENOENT, "PYSWAP_DIR is no existing folder", str(path))
     else:
-        path, is_file = _default_folder(), False
+        path, is_file = swap_folder(), False
     folder_path = path.parent if is_file else path
     _check_writable(folder_path)
     _check_room(folder_path, swap_bytes)
@@ -373,11 +444,20 @@ class _Mount:
 
 
 @dataclass(frozen=True)
-class _CgroupLevel:
-    """One memory cgroup, this process's own or an ancestor of it."""
+class CgroupLimit:
+    """The limit of one memory cgroup, this process's own or an ancestor of it.
+
+    Attributes
+    ----------
+    limit_bytes, available_bytes : int
+        The limit, and what is left below it.
+    file : Path
+        Where the limit is set.
+    """
 
     limit_bytes: int
     available_bytes: int
+    file: Path
 
 
 def _mounts(proc: Path) -> Iterator[_Mount]:
@@ -397,13 +477,13 @@ def _unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
-def _cgroup_levels(proc: Path) -> list[_CgroupLevel]:
+def _cgroup_levels(proc: Path) -> list[CgroupLimit]:
     """Read every memory cgroup around this process that has a limit, the innermost first."""
     try:
         lines = (proc / "self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
-    levels: list[_CgroupLevel | None] = []
+    levels: list[CgroupLimit | None] = []
     for line in lines:
         _, controllers, cgroup = line.split(":", 2)
         if controllers == "":
@@ -434,21 +514,23 @@ def _level_folders(mounts: list[_Mount], cgroup: str) -> list[Path]:
     return [Path(mount.point) for mount in mounts[:1]]
 
 
-def _read_level_v2(folder: Path) -> _CgroupLevel | None:
+def _read_level_v2(folder: Path) -> CgroupLimit | None:
     # Going over memory.high does not kill, but the process then does little but reclaim.
-    limits = [_read_number(folder / name) for name in ("memory.max", "memory.high")]
-    limit_bytes = min((limit for limit in limits if limit is not None), default=None)
+    read = [(_read_number(folder / name), name) for name in ("memory.max", "memory.high")]
+    limits = [(number, name) for number, name in read if number is not None]
     used_bytes = _read_number(folder / "memory.current")
-    if limit_bytes is None or used_bytes is None:
+    if not limits or used_bytes is None:
         return None
+    limit_bytes, name = min(limits)
     facts = _read_stat(folder / "memory.stat")
     cache = ("inactive_file", "active_file", "slab_reclaimable")
     used_bytes -= sum(facts.get(key, 0) for key in cache)
-    return _CgroupLevel(limit_bytes, limit_bytes - max(0, used_bytes))
+    return CgroupLimit(limit_bytes, limit_bytes - max(0, used_bytes), folder / name)
 
 
-def _read_level_v1(folder: Path) -> _CgroupLevel | None:
-    limit_bytes = _read_number(folder / "memory.limit_in_bytes")
+def _read_level_v1(folder: Path) -> CgroupLimit | None:
+    file = folder / "memory.limit_in_bytes"
+    limit_bytes = _read_number(file)
     used_bytes = _read_number(folder / "memory.usage_in_bytes")
     if limit_bytes is None or used_bytes is None:
         return None
@@ -456,7 +538,7 @@ def _read_level_v1(folder: Path) -> _CgroupLevel | None:
     # The limit of an ancestor that is not mounted here shows in this line only.
     limit_bytes = min(limit_bytes, facts.get("hierarchical_memory_limit", limit_bytes))
     used_bytes -= sum(facts.get(key, 0) for key in ("total_inactive_file", "total_active_file"))
-    return _CgroupLevel(limit_bytes, limit_bytes - max(0, used_bytes))
+    return CgroupLimit(limit_bytes, limit_bytes - max(0, used_bytes), file)
 
 
 def _read_number(path: Path) -> int | None:

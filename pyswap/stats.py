@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 __all__ = ["Stats"]
 
@@ -24,6 +25,8 @@ class Stats:
         The swap area, and how much of it is in use.
     committed_bytes : int
         What arrays may come to need.
+    in_transit_bytes : int
+        Of arrays that a pickle on its way keeps alive; see `Pool.drop_transit`.
     minor_faults, major_faults, write_faults : int
         Faults on resident or untouched pages; faults that read a slot; first writes to pages that
         were mapped for reading.
@@ -47,6 +50,13 @@ class Stats:
     cow_copies, cow_remaps : int
         Pages of private arrays copied because one of several sharers wrote to them; the runs of
         neighbours in which they were mapped.
+    checksum_errors : int
+        Pages whose slot gave back other bytes than were written; read errors are counted with them.
+    refaults, activations : int
+        Pages that came back after an eviction; those that came back so soon that they are kept
+        before others from then on.
+    file_reads : int
+        Pages read from files that arrays were opened on; see `Pool.open_npy`.
     workers : int
         Processes attached now.
     """
@@ -62,6 +72,7 @@ class Stats:
     swap_bytes: int
     swap_used_bytes: int
     committed_bytes: int
+    in_transit_bytes: int
     minor_faults: int
     major_faults: int
     write_faults: int
@@ -85,4 +96,25 @@ class Stats:
     poisoned_pages: int
     cow_copies: int
     cow_remaps: int
+    refaults: int
+    activations: int
+    file_reads: int
+    checksum_errors: int
     workers: int
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, int], metadata_bytes: int, workers: int) -> Stats:
+        """Make them of the header's numbers, the control segment's size and the processes."""
+        page = numbers["page_size"]
+        taken = {each.name: numbers[each.name] for each in fields(cls) if each.name in numbers}
+        return cls(
+            **taken,
+            memory_bytes=numbers["memory_pages"] * page,
+            metadata_bytes=metadata_bytes,
+            resident_pages=numbers["present_frames"] + numbers["writeback_frames"],
+            swap_bytes=numbers["slot_count"] * page,
+            swap_used_bytes=numbers["slots_used"] * page,
+            committed_bytes=numbers["committed_pages"] * page,
+            in_transit_bytes=numbers["in_transit_pages"] * page,
+            workers=workers,
+        )

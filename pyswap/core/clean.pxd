@@ -10,6 +10,8 @@ time (R4).
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from pyswap.core.area cimport area_rests, area_wrote, areas_rest_ns
+from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.frame cimport (
@@ -31,7 +33,6 @@ from pyswap.core.layout cimport (
     C_SLOT_STEALS,
     C_SLOT_WRITES,
     C_WRITE_CALLS,
-    C_WRITE_ERRORS,
     PRESENT,
     SLOT_NONE,
     WORKER_WORDS,
@@ -46,11 +47,21 @@ from pyswap.core.lock cimport (
     FP_CLEAN_WRITE,
     FP_CLEAN_WRITTEN,
     failpoint_visit,
+    load32,
     load64,
-    loadi64,
+    store32,
 )
 from pyswap.core.region cimport clones_t, life_drop, life_hold, region_page, regions_of
-from pyswap.core.swapmap cimport slot_free, slot_use, slots_reserve
+from pyswap.core.swapmap cimport (
+    slot_area,
+    slot_checksum,
+    slot_free,
+    slot_offset,
+    slot_put_aside,
+    slot_use,
+    slots_are_free,
+    slots_reserve,
+)
 from pyswap.core.victim cimport victim_t, victims_compact, victims_drop, victims_drop_clean
 
 cdef enum:
@@ -134,13 +145,20 @@ cdef inline uint32_t victims_protect(pool_t *pool, victim_t *victims, uint32_t n
     return victims_compact(victims, n)
 
 
+cdef inline bint frame_is_zero(pool_t *pool, frame_t *frame) noexcept nogil:
+    """Whether a page may be forgotten: without a slot it would be zeros, which it is."""
+    return not has_file(pool, frame.object) and is_zero(
+        pool.store + (frame.page << pool.page_shift), pool.page_bytes
+    )
+
+
 cdef inline void victims_find_zero(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """A page of zeros needs no slot.  Only after protection is what is seen here what will be punched."""
     cdef uint32_t i
     cdef frame_t *frame
     for i in range(n):
         frame = &pool.frames[victims[i].frame]
-        if is_zero(pool.store + (frame.page << pool.page_shift), pool.page_bytes):
+        if frame_is_zero(pool, frame):
             slot_free(pool, frame.slot)
             frame.slot = SLOT_NONE
             frame_set_clean(pool, frame)
@@ -148,9 +166,12 @@ cdef inline void victims_find_zero(pool_t *pool, victim_t *victims, uint32_t n) 
 
 cdef inline uint32_t slots_steal(pool_t *pool) noexcept nogil:
     """Take slots back from resident pages when the area is full: they become dirty instead."""
-    cdef uint32_t taken = 0, f
+    cdef uint32_t frames = <uint32_t>pool.header.frame_count, left = frames, taken = 0, f = load32(&pool.steal_hand)
     cdef frame_t *frame
-    for f in range(<uint32_t>pool.header.frame_count):
+    # From where the last call ended: what is before that has given its slots up already.
+    while left and taken < STEAL_BATCH:
+        left -= 1
+        f = (f + 1) % frames
         frame = &pool.frames[f]
         if frame.slot == SLOT_NONE or not frame_trylock(frame):
             continue
@@ -160,8 +181,7 @@ cdef inline uint32_t slots_steal(pool_t *pool) noexcept nogil:
             frame.slot = SLOT_NONE
             taken += 1
         page_unlock(pool, frame)
-        if taken == STEAL_BATCH:
-            break
+    store32(&pool.steal_hand, f)
     count(pool, C_SLOT_STEALS, taken)
     return taken
 
@@ -173,6 +193,8 @@ cdef inline uint32_t victims_give_slots(pool_t *pool, victim_t *victims, uint32_
     # A victim's own old slot is no use to it any more: its bytes are newer.
     while at < n:
         got = slots_reserve(pool, n - at, &first)
+        if got == 0 and areas_rest_ns(pool):
+            break
         if got == 0:
             for i in range(at, n):
                 slot_free(pool, pool.frames[victims[i].frame].slot)
@@ -193,7 +215,7 @@ cdef inline uint32_t victims_give_slots(pool_t *pool, victim_t *victims, uint32_
 
 cdef inline int run_write(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """One call for victims in neighbouring slots; neighbouring pages share a vector element."""
-    cdef iovec v[256]
+    cdef iovec v[1024]
     cdef uint32_t i, k = 0
     cdef int rc
     for i in range(n):
@@ -205,26 +227,53 @@ cdef inline int run_write(pool_t *pool, victim_t *victims, uint32_t n) noexcept 
         k += 1
     rc = failpoint_visit(pool.header, FP_CLEAN_WRITE)
     if rc == 0:
-        rc = file_transfer(True, pool.swap_fd, v, <int>k, <uint64_t>victims[0].slot << pool.page_shift)
+        rc = file_transfer(
+            True, pool.area_fds[slot_area(victims[0].slot)], v, <int>k, slot_offset(pool, victims[0].slot)
+        )
     if rc == 0:
         count(pool, C_SLOT_WRITES, n)
         count(pool, C_WRITE_CALLS, 1)
-    else:
-        count(pool, C_WRITE_ERRORS, 1)
     return rc
 
 
+cdef inline void victims_lose(pool_t *pool, victim_t *victims, uint32_t n, bint aside) noexcept nogil:
+    """Pages that could not be written stay dirty, and try another slot the next time."""
+    cdef uint32_t k
+    for k in range(n):
+        if aside:
+            slot_put_aside(pool, victims[k].slot)
+        else:
+            slot_free(pool, victims[k].slot)
+        victims[k].slot = SLOT_NONE
+
+
 cdef inline void victims_write(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
-    """Write runs of neighbouring slots; pages whose write failed lose their slot again and stay dirty."""
-    cdef uint32_t i = 0, run, k
+    """Write runs of neighbouring slots; of a run that fails, its halves, down to the slot that is bad."""
+    cdef uint32_t i = 0, run, k, most = n
+    cdef bint aside
+    cdef int rc
+    # Before the write, so that what goes wrong on the way is found.  A page written meanwhile is discarded.
+    for k in range(n):
+        victims[k].checksum = slot_checksum(
+            pool, victims[k].page, pool.store + (victims[k].page << pool.page_shift)
+        )
     while i < n:
+        k = slot_area(victims[i].slot)
         run = 1
-        while i + run < n and victims[i + run].slot == victims[i].slot + run:
+        while run < most and i + run < n and victims[i + run].slot == victims[i].slot + run:
             run += 1
-        if run_write(pool, &victims[i], run) != 0:
-            for k in range(run):
-                slot_free(pool, victims[i + k].slot)
-                victims[i + k].slot = SLOT_NONE
+        if area_rests(&pool.header.areas[k]):
+            victims_lose(pool, &victims[i], run, False)
+            i += run
+            continue
+        rc = run_write(pool, &victims[i], run)
+        aside = area_wrote(pool, k, rc, run == 1)
+        if rc != 0 and run > 1:
+            most = run // 2
+            continue
+        most = 2 * run
+        if rc != 0:
+            victims_lose(pool, &victims[i], 1, aside)
         i += run
 
 
@@ -241,7 +290,7 @@ cdef inline bint victim_publish(pool_t *pool, victim_t *victim) noexcept nogil:
         frame_set_present(pool, frame)
         return False
     old = frame.slot
-    slot_use(pool, victim.slot, frame.page)
+    slot_use(pool, victim.slot, frame.page, victim.checksum)
     frame.slot = victim.slot
     frame_set_clean(pool, frame)
     frame_set_present(pool, frame)
@@ -257,7 +306,7 @@ cdef inline bint victim_keep(pool_t *pool, victim_t *victim, bint evict) noexcep
 
 cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n, bint evict) noexcept nogil:
     """Lock again, publish, and drop what is to go; returns how many were cleaned."""
-    cdef victim_t drop[256]
+    cdef victim_t drop[1024]
     cdef uint32_t i, k = 0, cleaned = 0
     cdef frame_t *frame
     for i in range(n):
@@ -273,13 +322,17 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
                 continue
         page_unlock(pool, frame)
     victims_drop(pool, drop, k)
-    # A fault held these at the time; nothing is held here now, so they may be waited for.
+    # Somebody held these at the time; nothing is held here now, so they may be waited for.
     n = victims_compact(victims, n)
     for i in range(n):
         frame = &pool.frames[victims[i].frame]
         while not frame_trylock(frame):
             frame_sleep(frame, load64(&frame.word), 100_000_000)
-        cleaned += victim_publish(pool, &victims[i])
+        if victim_publish(pool, &victims[i]):
+            cleaned += 1
+            if not victim_keep(pool, &victims[i], evict):
+                victims_drop(pool, &victims[i], 1)
+                continue
         page_unlock(pool, frame)
     return cleaned
 
@@ -287,12 +340,15 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
 cdef inline bint slots_left(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """Whether any slot can be had for a batch; makes some by giving up those that hold older bytes."""
     cdef uint32_t i
-    if loadi64(&pool.header.slots_used) < <int64_t>pool.header.slot_count:
+    if slots_are_free(pool):
         return True
+    # There are slots, but none that can be written now: what is in others is not given up for that.
+    if areas_rest_ns(pool):
+        return False
     for i in range(n):
         slot_free(pool, pool.frames[victims[i].frame].slot)
         pool.frames[victims[i].frame].slot = SLOT_NONE
-    if loadi64(&pool.header.slots_used) < <int64_t>pool.header.slot_count:
+    if slots_are_free(pool):
         return True
     return slots_steal(pool) != 0
 
@@ -303,7 +359,7 @@ cdef inline uint32_t victims_keep_unless_zero(pool_t *pool, victim_t *victims, u
     cdef frame_t *frame
     for i in range(n):
         frame = &pool.frames[victims[i].frame]
-        if not is_zero(pool.store + (frame.page << pool.page_shift), pool.page_bytes):
+        if not frame_is_zero(pool, frame):
             victims[i].kept = True
             page_unlock(pool, frame)
     return victims_compact(victims, n)

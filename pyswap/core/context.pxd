@@ -5,12 +5,15 @@ Everything here can be rebuilt from the control segment and the workers' descrip
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyswap.core.layout cimport (
+    copy_t,
+    family_t,
     frame_id,
     frame_t,
     header_t,
     object_id,
     object_t,
     page_id,
+    pin_t,
     region_id,
     region_t,
     slot_t,
@@ -48,23 +51,7 @@ cdef struct request_t:
     uint32_t region_generation
     uint32_t stream             # STREAMS: nobody's
     uint32_t stream_generation
-
-cdef struct family_t:           # the page ids that the regions of one private object share
-    mutex_t lock                # guards the rest
-    uint32_t count              # extents, holes among them; 0 until the object is first shared
-    uint32_t unswept            # a page without references may still have a frame or a slot
-    page_id extents[1024]       # first page ids, each of as many pages as the object; NO_EXTENT: a hole
-    int64_t live[1024]          # page ids with references
-
-cdef struct copy_t:             # a run of copies that an attendant is about to map
-    uint64_t word               # see copy.pxd: generation, state
-    region_id region
-    uint32_t generation         # of the region
-    int64_t index
-    uint32_t count
-    worker_id worker
-    page_id page                # the first of the new ones, which are consecutive
-    page_id old[64]             # what the map named before
+    uint32_t epoch              # of the object: a pageout since then has made the request void
 
 cdef struct starved_t:          # a fault that found no free frame
     worker_id worker
@@ -78,6 +65,7 @@ cdef struct attached_t:         # the swapper's own side of one worker
     region_id *regions          # sorted by address
     int uffd
     int channel                 # to its attendant
+    uint32_t deaf               # an order was for it, and its end of the channel is closed
     int64_t breaks              # of all its regions
 
 cdef struct pool_t:
@@ -94,31 +82,44 @@ cdef struct pool_t:
     uint32_t page_shift
     int control_fd
     int store_fd
-    int swap_fd
+    int area_fds[16]
     int poll_fd
     uint32_t stop
+    uint32_t fault_threads
+    uint64_t fault_begun[16]    # when each of them took the fault that it is at; 0: at none
     uint32_t pressed            # reclaim is between its watermarks
+    uint32_t memory_short       # a free frame had no memory: what is evicted next leaves some
 
     mutex_t free_lock           # guards the two below
     uint32_t free_count
     frame_id *free_list         # a hint: the words in the frame table are the truth
-    uint32_t hand               # reclaim's place in the frame table
+    uint32_t chunk_limit        # pages of a readahead thread's buffer
+    uint32_t steal_hand         # where the search for slots to take back begins
+    uint32_t hand               # reclaim's place in the frame table; its other hand is half a turn ahead
 
     mutex_t cold_lock           # guards the three below
     uint32_t cold_head
     uint32_t cold_tail
-    frame_id *cold              # frames to be evicted first: a ring of frame_count
+    frame_id *cold              # frames to be evicted first: a ring of frame_room
 
-    mutex_t slots_lock          # guards the rest of this group
-    uint64_t slot_cursor
+    mutex_t hot_lock            # guards the four below
+    uint64_t hot_head
+    uint64_t hot_tail
+    uint64_t *hot               # frames that became HOT, with their generations: a ring of frame_room
+    uint64_t hot_chance
+
+    mutex_t slots_lock          # guards the areas' cursors and counts, and the rest of this group
     uint16_t *chunk_used        # slots in use of each chunk
     uint8_t *chunk_ready        # its records have memory
+    uint64_t chunk_refused_ns   # when there was none for a chunk
+    uint64_t chunks_kept[16]    # of each area, those that have memory from its beginning on
 
     mutex_t requests_lock       # guards the three below
     uint32_t requests_head
     uint32_t requests_tail
     request_t requests[1024]
     uint32_t requests_sequence  # futex
+    uint32_t *epochs            # by object id: one more with every pageout
 
     mutex_t starved_lock        # guards the three below
     uint32_t starved_head
@@ -126,7 +127,9 @@ cdef struct pool_t:
     starved_t starved[1024]
     uint32_t starved_sequence   # futex
 
-    copy_t copies[1024]
+    copy_t *copies              # MAX_COPIES
+    uint8_t copies_ready        # they have memory
+    uint8_t reminders[1024]     # those that a takeover has to order again
     uint32_t copies_next        # where the search for a free one begins
     uint32_t copied_sequence    # futex: bumped when an attendant has answered
     uint32_t mappings_limit     # vm.max_map_count
@@ -134,9 +137,20 @@ cdef struct pool_t:
     attached_t attached[256]
     detector_t **detectors      # by region id
     region_id **mapped          # by object id: its first region in each worker
-    family_t **families         # by object id; NULL until the object is first shared
-    uint64_t **maps             # by region id: its page ids by index; NULL: base + index
+    int *files                  # by object id: descriptors, where they have a file
+    family_t *families          # by object id; without memory until the object is first shared
+    uint8_t *families_ready     # whether it has that
+    uint64_t *unswept           # a bit by object id: its family has something to sweep or to give back
+    uint64_t *map_entries       # the table of maps
+    uint64_t **maps             # by region id: its page ids by index, there; NULL: base + index
+    pin_t *pins                 # MAX_PINS
+    uint32_t **places           # by object id: see family.pxd; NULL: no page of it was ever moved
 
 
 cdef inline void count(pool_t *pool, int which, uint64_t n) noexcept nogil:
     add64(&pool.header.counters[which], n)
+
+
+cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:
+    """Whether a worker comes near the most mappings that the kernel lets a process have."""
+    return pool.attached[worker].breaks > <int64_t>pool.mappings_limit * 3 // 4

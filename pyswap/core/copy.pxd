@@ -15,13 +15,13 @@ Who may interleave, and what stops it:
 """
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport copy_t, count, family_t, pool_t
-from pyswap.core.engine cimport engine_poison, engine_remap, engine_wake, page_unlock
+from pyswap.core.context cimport count, pool_t
+from pyswap.core.engine cimport engine_remap, engine_wake, page_unlock
 from pyswap.core.evict cimport pages_sweep
 from pyswap.core.family cimport (
-    NO_EXTENT,
     commit_give,
     commit_take,
+    family_look_again,
     page_drop,
     page_is_shared,
     page_take,
@@ -38,8 +38,11 @@ from pyswap.core.frame cimport (
 from pyswap.core.layout cimport (
     C_COW_COPIES,
     C_COW_REMAPS,
+    C_POISONED,
     FRAME_NONE,
     MAX_COPIES,
+    NO_EXTENT,
+    copy_t,
     frame_id,
     frame_t,
     object_id,
@@ -52,6 +55,7 @@ from pyswap.core.lock cimport (
     FP_COPY_ANSWERED,
     FP_COPY_MADE,
     FP_COPY_ORDERED,
+    FP_MAP_PUT,
     add32,
     addi64,
     cas64,
@@ -64,10 +68,11 @@ from pyswap.core.lock cimport (
     store64,
 )
 from pyswap.core.mapping cimport add_mapper, frame_used, map_run
-from pyswap.core.page cimport STARVED, fill_install, fill_undo, frame_give_back
+from pyswap.core.page cimport STARVED, fill_install, fill_undo, frame_give_back, memory_ask
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport (
     COPYING,
+    PAGE_MASK,
     break_at,
     gate_enter,
     gate_leave,
@@ -83,7 +88,7 @@ cdef extern from *:
     int ENOSPC
     int ESRCH
 
-# A copy's word: the state in bits 0-1, a generation in bits 32-63.
+# A copy's word: the state in bits 0-1, once ordered the worker in bits 2-9, a generation in bits 32-63.
 cdef enum:
     COPY_FREE = 0
     COPY_MAKING = 1
@@ -118,9 +123,19 @@ cdef inline uint64_t copy_name(pool_t *pool, copy_t *c) noexcept nogil:
 
 
 cdef inline void copy_release(pool_t *pool, copy_t *c) noexcept nogil:
+    store32(&c.count, 0)
     store64(&c.word, ((load64(&c.word) >> 32) + 1) << 32)
     add32(&pool.copied_sequence, 1)
     futex_wake(&pool.copied_sequence, 0x7FFFFFFF)
+
+
+cdef inline void copy_recover(copy_t *c, uint32_t pending) noexcept nogil:
+    """After a swapper's death: the last pages of a run wait for an answer under a new name; none: a free record."""
+    cdef uint64_t word = ((load64(&c.word) >> 32) + 1) << 32
+    if pending == 0:
+        store32(&c.count, 0)
+    store32(&c.done, c.count - pending)
+    store64(&c.word, word | COPY_ORDERED | <uint64_t>c.worker << 2 if pending else word)
 
 
 cdef inline int copy_make(
@@ -144,6 +159,7 @@ cdef inline int copy_make(
     if store_write(pool, made[0], 1, pool.store + (source << pool.page_shift)) != 0:
         store_punch(pool, made[0], 1)
         fill_undo(pool, g, True)
+        memory_ask(pool)
         page_drop(pool, o, made[0])
         return -EAGAIN
     frame_set_present(pool, &pool.frames[g])
@@ -159,6 +175,7 @@ cdef inline void map_put(pool_t *pool, region_id r, int64_t index, uint64_t entr
     cdef int64_t pages = <int64_t>region.pages
     cdef int before = break_at(map, index, pages) + break_at(map, index + 1, pages), after
     store64(&map[index], entry)
+    failpoint_visit(pool.header, FP_MAP_PUT)
     after = break_at(map, index, pages) + break_at(map, index + 1, pages)
     add32(&region.breaks, <uint32_t>(after - before))
     addi64(&pool.attached[region.worker].breaks, after - before)
@@ -168,7 +185,7 @@ cdef inline page_id page_beside(pool_t *pool, region_id r, int64_t index) noexce
     """The page id that would make a copy one mapping with the page before it."""
     if index == 0:
         return NO_EXTENT
-    return (region_page(pool, r, index - 1) & ~COPYING) + 1
+    return (region_page(pool, r, index - 1) & PAGE_MASK) + 1
 
 
 cdef inline bint neighbour_shared(
@@ -247,7 +264,7 @@ cdef inline void run_unlock(pool_t *pool, run_t *run) noexcept nogil:
 cdef inline void page_forget(pool_t *pool, object_id o, page_id page) noexcept nogil:
     """Give up a reference; the last one's page goes, now or when whoever holds it is done."""
     if page_drop(pool, o, page) and pages_sweep(pool, o, page, 1):
-        store32(&pool.families[o].unswept, 1)
+        family_look_again(pool, o)
 
 
 cdef inline int copy_start(
@@ -269,19 +286,25 @@ cdef inline int copy_start(
         copy_release(pool, c)
         return rc
     failpoint_visit(pool.header, FP_COPY_MADE)
+    # Whole before the map says COPYING: a takeover tells by the two together what is under way.
+    c.region = r
+    c.generation = life_generation(&region.word)
+    c.index = index
+    c.worker = region.worker
+    c.page = run.page
     for k in range(run.count):
         c.old[k] = region_page(pool, r, index + k)
+    c.done = 0
+    store32(&c.count, run.count)
+    k = run.count
+    # From the end on: what is under way is always the last pages of a run.
+    while k:
+        k -= 1
         add_mapper(&pool.frames[run.new[k]], region.worker)
         frame_used(pool, &pool.frames[run.new[k]])
         frame_pin(pool, &pool.frames[run.new[k]], True)
         map_put(pool, r, index + k, (run.page + k) | COPYING)
-    c.region = r
-    c.generation = life_generation(&region.word)
-    c.index = index
-    c.count = run.count
-    c.worker = region.worker
-    c.page = run.page
-    store64(&c.word, (load64(&c.word) & ~<uint64_t>COPY_STATES) | COPY_ORDERED)
+    store64(&c.word, (load64(&c.word) & ~<uint64_t>COPY_STATES) | COPY_ORDERED | <uint64_t>region.worker << 2)
     if engine_remap(pool, region, index, run.count, run.page, copy_name(pool, c)):
         count(pool, C_COW_REMAPS, 1)
         failpoint_visit(pool.header, FP_COPY_ORDERED)
@@ -326,9 +349,9 @@ cdef inline void copy_settle(pool_t *pool, copy_t *c, uint32_t k, int rc) noexce
             gate_leave(region)
     page_unlock(pool, frame)
     if rc != 0 and rc != -ESRCH and k == 0:
-        engine_poison(pool, c.region, c.generation, index,
-                      b"its copy could not be mapped; vm.max_map_count may be too low", -rc)
-    elif not mapped:
+        # The attendant has said so, and poisoned the run.
+        count(pool, C_POISONED, 1)
+    if not mapped:
         engine_wake(pool, c.region, c.generation, index)
     page_forget(pool, region.object, dropped)
 
@@ -338,7 +361,7 @@ cdef inline void copy_abandon(pool_t *pool, copy_t *c) noexcept nogil:
     cdef object_id o = pool.regions[c.region].object
     cdef uint32_t k
     cdef frame_t *frame
-    for k in range(c.count):
+    for k in range(c.done, c.count):
         frame = pinned_lock(pool, c.page + k)
         frame_unpin(pool, frame, True)
         page_unlock(pool, frame)
@@ -346,20 +369,32 @@ cdef inline void copy_abandon(pool_t *pool, copy_t *c) noexcept nogil:
 
 
 cdef inline void copy_answered(pool_t *pool, worker_id worker, uint64_t copy, int32_t rc) noexcept nogil:
-    """The attendant has mapped a run, or could not."""
+    """The attendant has mapped a run, or could not; of another worker's runs nobody may tell."""
     cdef copy_t *c = &pool.copies[copy % MAX_COPIES]
-    cdef uint64_t word = copy >> 32 << 32
+    cdef uint64_t word = copy >> 32 << 32 | <uint64_t>worker << 2
     cdef uint32_t k
-    if c.worker != worker or not cas64(&c.word, word | COPY_ORDERED, word | COPY_ENDING):
+    if not pool.copies_ready or not cas64(&c.word, word | COPY_ORDERED, word | COPY_ENDING):
         return
     failpoint_visit(pool.header, FP_COPY_ANSWERED)
     if life_hold(&pool.regions[c.region].word, c.generation):
-        for k in range(c.count):
+        for k in range(c.done, c.count):
             copy_settle(pool, c, k, rc)
         life_drop(&pool.regions[c.region].word)
     else:
         copy_abandon(pool, c)
     copy_release(pool, c)
+
+
+cdef inline bint copies_wait(pool_t *pool, worker_id worker) noexcept nogil:
+    """Whether a copy waits for a worker's attendant."""
+    cdef uint64_t word
+    cdef uint32_t i
+    if pool.copies_ready:
+        for i in range(<uint32_t>MAX_COPIES):
+            word = load64(&pool.copies[i].word)
+            if word & COPY_STATES == COPY_ORDERED and pool.copies[i].worker == worker:
+                return True
+    return False
 
 
 cdef inline void copies_end(pool_t *pool, region_id r) noexcept nogil:

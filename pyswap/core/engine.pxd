@@ -7,13 +7,15 @@ Every verb holds the region (R2).  A region that has ended is unmapped already: 
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport attached_t, count, family_t, pool_t
-from pyswap.core.family cimport NO_EXTENT, family_of, page_lives
+from pyswap.core.context cimport attached_t, count, pool_t
+from pyswap.core.family cimport family_of, page_lives, page_place
 from pyswap.core.frame cimport frame_end_lock, waiters_t
 from pyswap.core.kernel cimport uffd_continue, uffd_protect, uffd_wake
 from pyswap.core.layout cimport (
     C_POISONED,
+    NO_EXTENT,
     WORKER_WORDS,
+    family_t,
     frame_t,
     object_id,
     object_t,
@@ -22,11 +24,12 @@ from pyswap.core.layout cimport (
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport load32, load64, mutex_lock, mutex_unlock
+from pyswap.core.lock cimport load32, load64, mutex_lock, mutex_unlock, store32
 from pyswap.core.order cimport ORDER_POISON, ORDER_REMAP, order_send, poison_text
 from pyswap.core.region cimport clones_t, life_drop, life_hold, regions_of
 
 cdef extern from *:
+    int EAGAIN
     int ENOENT
     int ESRCH
 
@@ -145,7 +148,7 @@ cdef inline void wake_page(pool_t *pool, worker_id worker, page_id page) noexcep
             break
     mutex_unlock(&a.lock)
     if first != NO_EXTENT:
-        wake_index(pool, o, worker, page - first)
+        wake_index(pool, o, worker, page_place(pool, o, page, page - first))
 
 
 cdef inline void engine_wake_waiters(pool_t *pool, waiters_t *waiters) noexcept nogil:
@@ -175,21 +178,36 @@ cdef inline void page_unlock(pool_t *pool, frame_t *frame) noexcept nogil:
     engine_wake_waiters(pool, &waiters)
 
 
+cdef inline int engine_order(
+    pool_t *pool, region_t *region, uint32_t kind, int64_t index, uint64_t bytes, uint64_t offset, uint64_t copy,
+    const char *text
+) noexcept nogil:
+    """Give the attendant an order.  -EAGAIN: it has not kept up.  Else it has closed its end: who needs it waits on."""
+    cdef attached_t *a = &pool.attached[region.worker]
+    cdef int rc = order_send(a.channel, kind, page_address(pool, region, index), bytes, offset, copy, text)
+    if rc != 0 and rc != -EAGAIN:
+        store32(&a.deaf, 1)
+    return rc
+
+
 cdef inline void engine_poison(
     pool_t *pool, region_id r, uint32_t generation, int64_t index, const char *why, int error
 ) noexcept nogil:
     """A fault that cannot be served: the attendant says so on stderr, and the page answers with SIGBUS."""
     cdef region_t *region = &pool.regions[r]
-    cdef char text[240]
+    cdef char text[480]
+    cdef int rc
     if not life_hold(&region.word, generation):
         return
     poison_text(text, sizeof(text), pool.objects[region.object].name, <uint64_t>index, why, error)
-    if order_send(pool.attached[region.worker].channel, ORDER_POISON, page_address(pool, region, index),
-                  pool.page_bytes, 0, 0, text):
+    # Counted before the process goes on, so that it finds its own error in the numbers.
+    count(pool, C_POISONED, 1)
+    rc = engine_order(pool, region, ORDER_POISON, index, pool.page_bytes, 0, 0, text)
+    if rc != 0:
+        count(pool, C_POISONED, <uint64_t>-1)
+    if rc == -EAGAIN:
         # Its channel is full of orders: let the fault come again rather than wait here.
         uffd_wake(pool.attached[region.worker].uffd, page_address(pool, region, index), pool.page_bytes)
-    else:
-        count(pool, C_POISONED, 1)
     life_drop(&region.word)
 
 
@@ -197,12 +215,9 @@ cdef inline bint engine_remap(
     pool_t *pool, region_t *region, int64_t index, uint32_t pages, page_id page, uint64_t copy
 ) noexcept nogil:
     """Have the attendant map other page ids; the region is held.  False: it takes no orders now."""
-    return order_send(
-        pool.attached[region.worker].channel,
-        ORDER_REMAP,
-        page_address(pool, region, index),
-        <uint64_t>pages << pool.page_shift,
-        page << pool.page_shift,
-        copy,
-        b"",
-    ) == 0
+    cdef uint64_t bytes = <uint64_t>pages << pool.page_shift
+    cdef char text[480]
+    # To be said before a touch can end in SIGBUS, and so by who finds that it cannot be mapped.
+    poison_text(text, sizeof(text), pool.objects[region.object].name, <uint64_t>index,
+                b"its copy could not be mapped; vm.max_map_count may be too low", 0)
+    return engine_order(pool, region, ORDER_REMAP, index, bytes, page << pool.page_shift, copy, text) == 0

@@ -6,38 +6,41 @@ extents a region to be sure of one: a region holds one page id of an index, and 
 attendant maps a copy.
 
 Until an object is first shared it has no family: each page has one reference, which nobody counts.
+
+In a sparse object pages of its own, the first, extent move to other indexes (sparse.pxd).  `places` says where a page
+is, as the difference to where it was at first, so that zeros mean that it never moved.  It is set by who gives a page
+its first reference, or moves it, before a map has the page there.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc
 
-from pyswap.core.context cimport family_t, pool_t
-from pyswap.core.layout cimport object_id, page_id
+from pyswap.core.context cimport pool_t
+from pyswap.core.layout cimport NO_EXTENT, family_t, object_id, page_id
 from pyswap.core.lock cimport (
+    FP_PAGE_DROPPED,
+    FP_PAGE_SHARED,
+    FP_PAGE_TAKE,
+    FP_PAGE_TAKEN,
     add32,
     add64,
     cas64,
+    failpoint_visit,
     load32,
     load64,
     mutex_lock,
     mutex_unlock,
+    or64,
     panic,
     store32,
 )
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.region cimport ALIVE
 
-cdef extern from *:
-    """
-    #define NO_EXTENT UINT64_MAX
-    """
-    const page_id NO_EXTENT
-
-
 cdef inline family_t *family_of(pool_t *pool, object_id o) noexcept nogil:
     """The family of an object that was shared; NULL before."""
-    cdef family_t *family = pool.families[o]
-    if family == NULL or load32(&family.count) == 0:
+    if not pool.families_ready[o] or load32(&pool.families[o].count) == 0:
         return NULL
-    return family
+    return &pool.families[o]
 
 
 cdef inline bint page_is_shared(pool_t *pool, object_id o, page_id page) noexcept nogil:
@@ -49,6 +52,17 @@ cdef inline bint page_lives(pool_t *pool, object_id o, page_id page) noexcept no
     if not load64(&pool.objects[o].word) & ALIVE:
         return False
     return family_of(pool, o) == NULL or load32(&pool.references[page]) != 0
+
+
+cdef inline uint64_t object_commits(
+    uint64_t pages, bint is_sparse, bint is_read_only, bint is_shared
+) noexcept nogil:
+    """What an object commits when it is made, and gives back when it ends.
+
+    Ranges of a sparse one, and pages of one that has a family, do so by themselves; a page that nobody may write to
+    needs no room.
+    """
+    return 0 if is_sparse or is_read_only or is_shared else pages
 
 
 cdef inline bint commit_take(pool_t *pool, uint64_t pages) noexcept nogil:
@@ -76,39 +90,89 @@ cdef inline uint32_t extent_of(family_t *family, page_id page, uint64_t pages) n
     return 0
 
 
+cdef inline bint places_begin(pool_t *pool, object_id o) noexcept nogil:
+    """Let pages of an object move; False without memory.  One thread does that."""
+    if pool.places[o] == NULL:
+        pool.places[o] = <uint32_t *>calloc(pool.objects[o].pages, sizeof(uint32_t))
+    return pool.places[o] != NULL
+
+
+cdef inline bint is_own_page(pool_t *pool, object_id o, page_id page) noexcept nogil:
+    """Whether a page id is of the object's own extent."""
+    return page - pool.objects[o].base < pool.objects[o].pages
+
+
+cdef inline uint64_t page_place(pool_t *pool, object_id o, page_id page, uint64_t index) noexcept nogil:
+    """Where a page lies in its object: `index`, unless it may have moved since that was looked up."""
+    cdef uint64_t home = page - pool.objects[o].base
+    if pool.places[o] == NULL or not is_own_page(pool, o, page):
+        return index
+    return load32(&pool.places[o][home]) ^ home
+
+
+cdef inline void page_put(pool_t *pool, object_id o, page_id page, uint64_t index) noexcept nogil:
+    """A page is at an index from here on."""
+    cdef uint64_t home = page - pool.objects[o].base
+    if pool.places[o] != NULL and is_own_page(pool, o, page):
+        store32(&pool.places[o][home], <uint32_t>(index ^ home))
+
+
 cdef inline bint page_take(
     pool_t *pool, object_id o, int64_t index, page_id wanted, page_id *page
 ) noexcept nogil:
     """A page id for a copy at an index, with one reference: `wanted`, or any where that is NO_EXTENT."""
-    cdef family_t *family = pool.families[o]
+    cdef family_t *family = &pool.families[o]
     cdef page_id p
     cdef uint32_t e
     cdef bint found = False
+    if failpoint_visit(pool.header, FP_PAGE_TAKE) != 0:
+        return False
     mutex_lock(&family.lock)
     for e in range(family.count):
         p = family.extents[e] + <uint64_t>index
         if family.extents[e] == NO_EXTENT or (wanted != NO_EXTENT and p != wanted):
             continue
         if load32(&pool.references[p]) == 0 and pte_read(pool, p) == PTE_EMPTY:
+            page_put(pool, o, p, <uint64_t>index)
             store32(&pool.references[p], 1)
             family.live[e] += 1
             page[0] = p
             found = True
             break
     mutex_unlock(&family.lock)
+    if found:
+        failpoint_visit(pool.header, FP_PAGE_TAKEN)
     return found
+
+
+cdef inline void page_share(pool_t *pool, page_id page) noexcept nogil:
+    """A reference more; the gate of the region that has one is shut (R10)."""
+    add32(&pool.references[page], 1)
+    failpoint_visit(pool.header, FP_PAGE_SHARED)
+
+
+cdef inline void family_look_again(pool_t *pool, object_id o) noexcept nogil:
+    """There is something to sweep, or an extent to give back, that was not to be had just now."""
+    or64(&pool.unswept[o >> 6], <uint64_t>1 << (o & 63))
 
 
 cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nogil:
     """Give up a reference; True when it was the last, and what the page holds is to be swept."""
-    cdef family_t *family = pool.families[o]
-    cdef uint32_t before = add32(&pool.references[page], <uint32_t>-1)
+    cdef family_t *family = &pool.families[o]
+    cdef uint32_t before = add32(&pool.references[page], <uint32_t>-1), e
+    cdef bint emptied
     if before == 0:
         panic("page_drop: no reference", page, o, 0)
+    failpoint_visit(pool.header, FP_PAGE_DROPPED)
     if before > 1:
         return False
     mutex_lock(&family.lock)
-    family.live[extent_of(family, page, pool.objects[o].pages)] -= 1
+    e = extent_of(family, page, pool.objects[o].pages)
+    family.live[e] -= 1
+    # The object's own stays.
+    emptied = family.live[e] == 0 and family.extents[e] != pool.objects[o].base
     mutex_unlock(&family.lock)
+    if emptied:
+        family_look_again(pool, o)
     commit_give(pool, 1)
     return True

@@ -12,7 +12,9 @@ Who may interleave, and what stops it:
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport STARVED_FAULTS, count, pool_t, starved_t
+from pyswap.core.area cimport area_failing
+from pyswap.core.backing cimport has_file
+from pyswap.core.context cimport count, mappings_short, pool_t, starved_t
 from pyswap.core.copy cimport copy_start
 from pyswap.core.engine cimport engine_poison, engine_unprotect, engine_wake, page_unlock
 from pyswap.core.family cimport page_is_shared
@@ -20,12 +22,13 @@ from pyswap.core.frame cimport frame_claim_wait, frame_pin, frame_set_dirty, fra
 from pyswap.core.kernel cimport UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, uffd_wake
 from pyswap.core.layout cimport (
     ADVICE_RANDOM,
-    C_FRAME_WAITS,
     C_MAJOR_FAULTS,
     C_MINOR_FAULTS,
     C_WRITE_FAULTS,
     C_ZERO_FILLS,
     FRAME_NONE,
+    MAX_COPY_PAGES,
+    area_t,
     frame_id,
     frame_t,
     region_id,
@@ -34,23 +37,23 @@ from pyswap.core.layout cimport (
 )
 from pyswap.core.lock cimport (
     FP_MAP_BEFORE,
-    add32,
     failpoint_visit,
     futex_wait,
-    futex_wake,
     load32,
-    mutex_lock,
-    mutex_unlock,
     now_ns,
 )
 from pyswap.core.mapping cimport frame_used, map_around, map_run, unprotect_around
+from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, frame_give_back, page_acquire, wanted_t
+from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.readahead cimport detector_feed
 from pyswap.core.region cimport (
     COPYING,
+    PAGE_MASK,
     gate_enter,
     gate_leave,
     gate_wait,
+    is_hole,
     life_drop,
     life_generation,
     life_hold,
@@ -59,6 +62,7 @@ from pyswap.core.region cimport (
     region_lookup,
     region_page,
 )
+from pyswap.core.starved cimport frames_await, starved_put
 
 cdef extern from *:
     int EIO
@@ -67,6 +71,10 @@ cdef extern from *:
     int ENOSPC
     int EAGAIN
     int ESRCH
+    int ESTALE
+
+cdef enum:
+    STREAM_WAIT_NS = 5_000_000  # a stream of first touches waits so long for more than one frame
 
 cdef struct fault_t:            # a fault, or a pin of one page, on its way
     worker_id worker
@@ -92,7 +100,24 @@ cdef inline const char *fault_reason(int rc) noexcept nogil:
         return b"no frame became free in time"
     if rc == -ENOSPC:
         return b"memory and swap have no room for its copy"
-    return b"its slot could not be read"
+    if rc == -ESTALE:
+        return b"the file that it comes from has changed"
+    return b"it could not be read"
+
+
+cdef inline void fault_poison(pool_t *pool, fault_t *fault, int rc) noexcept nogil:
+    """Say why a fault cannot be served, and have it end in SIGBUS."""
+    cdef char why[240]
+    cdef area_t *area = area_failing(pool)
+    if rc == -ENOMEM and area != NULL:
+        unwritten_text(why, sizeof(why), area.path)
+        engine_poison(pool, fault.r, fault.generation, fault.index, why, <int>load32(&area.error))
+        return
+    if fault.want.error == 0:
+        engine_poison(pool, fault.r, fault.generation, fault.index, fault_reason(rc), -rc if rc == -EIO else 0)
+        return
+    unread_text(why, sizeof(why), pool.header.areas[fault.want.area].path, fault.want.error)
+    engine_poison(pool, fault.r, fault.generation, fault.index, why, fault.want.error)
 
 
 cdef inline void fault_map(
@@ -130,8 +155,9 @@ cdef enum outcome:
     BUSY = 4                    # the attendant takes no orders, or no page id is free: let it happen again
 
 
-cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:
-    return pool.attached[worker].breaks > <int64_t>pool.mappings_limit * 3 // 4
+cdef inline uint32_t run_limit(pool_t *pool) noexcept nogil:
+    """The most pages that are copied at once."""
+    return pool.header.around_pages if pool.header.around_pages < MAX_COPY_PAGES else MAX_COPY_PAGES
 
 
 cdef inline uint32_t copy_limit(pool_t *pool, fault_t *fault) noexcept nogil:
@@ -139,13 +165,13 @@ cdef inline uint32_t copy_limit(pool_t *pool, fault_t *fault) noexcept nogil:
 
     A stream gets as many copies as it has made before, so that no more than half are in vain.
     """
-    cdef uint32_t n = 1, limit = pool.header.around_pages
+    cdef uint32_t n = 1, limit = run_limit(pool)
     if mappings_short(pool, fault.worker):
         return limit
     if fault.stride != 1:
         return 1
     while n < limit and <int64_t>n <= fault.index and not page_is_shared(
-        pool, fault.want.object, region_page(pool, fault.r, fault.index - n) & ~COPYING
+        pool, fault.want.object, region_page(pool, fault.r, fault.index - n) & PAGE_MASK
     ):
         n += 1
     return n
@@ -250,33 +276,6 @@ cdef inline int page_unpin(pool_t *pool, wanted_t *want, bint write) noexcept no
     return 0
 
 
-cdef inline bint starved_put(pool_t *pool, starved_t *fault) noexcept nogil:
-    """Hand a fault that needs a frame to the patient threads, so that this one can go on; False: no room."""
-    cdef bint room
-    mutex_lock(&pool.starved_lock)
-    room = pool.starved_tail - pool.starved_head < STARVED_FAULTS
-    if room:
-        pool.starved[pool.starved_tail % STARVED_FAULTS] = fault[0]
-        pool.starved_tail += 1
-    mutex_unlock(&pool.starved_lock)
-    if room:
-        count(pool, C_FRAME_WAITS, 1)
-        add32(&pool.starved_sequence, 1)
-        futex_wake(&pool.starved_sequence, 1)
-    return room
-
-
-cdef inline bint starved_take(pool_t *pool, starved_t *fault) noexcept nogil:
-    cdef bint any
-    mutex_lock(&pool.starved_lock)
-    any = pool.starved_tail != pool.starved_head
-    if any:
-        fault[0] = pool.starved[pool.starved_head % STARVED_FAULTS]
-        pool.starved_head += 1
-    mutex_unlock(&pool.starved_lock)
-    return any
-
-
 cdef inline void wake_unknown(pool_t *pool, worker_id worker, uint64_t address) noexcept nogil:
     """A fault at an address of no region: it was one when the fault began."""
     if life_hold(&pool.workers[worker].word, life_generation(&pool.workers[worker].word)):
@@ -294,6 +293,10 @@ cdef inline bint fault_find(pool_t *pool, fault_t *fault) noexcept nogil:
         return False
     fault.index = <int64_t>((fault.address - fault.region.address) >> pool.page_shift)
     if not region_lookup(pool, fault.r, fault.generation, fault.index, &fault.want.page):
+        wake_unknown(pool, fault.worker, fault.address)
+        return False
+    if is_hole(fault.want.page):
+        # Its memory was freed: a fault that is told of so late has been served.
         wake_unknown(pool, fault.worker, fault.address)
         return False
     # The address has the old page yet, or is out of sight: the wake-up comes with the copy.
@@ -315,6 +318,25 @@ cdef inline bint fault_starved(pool_t *pool, fault_t *fault) noexcept nogil:
     return not fault.want.patient and starved_put(pool, &starved)
 
 
+cdef inline bint fault_defer(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Whether a fault is left to a patient thread: a stream of first touches takes frames by the dozen.
+
+    Where few are left it would fault for every page; so it is served when there are some, or after a moment.
+    """
+    cdef uint32_t enough = pool.header.minimum_frames + pool.header.around_pages
+    # More are not to be had before reclaim has begun.
+    if enough > pool.header.low_frames:
+        enough = pool.header.low_frames
+    if (fault.stride != 1 and fault.stride != -1) or load32(&pool.free_count) > enough:
+        return False
+    if pte_read(pool, fault.want.page) != PTE_EMPTY or has_file(pool, fault.want.object):
+        return False
+    if not fault.want.patient:
+        return fault_starved(pool, fault)
+    frames_await(pool, enough, STREAM_WAIT_NS)
+    return False
+
+
 cdef inline void fault_gather(pool_t *pool, fault_t *fault) noexcept nogil:
     """Mappings run short: bring in what is to be copied with the page, so that the run is long."""
     cdef wanted_t near = fault.want
@@ -322,12 +344,12 @@ cdef inline void fault_gather(pool_t *pool, fault_t *fault) noexcept nogil:
     cdef frame_id f = 0
     cdef uint64_t page = 0
     fault.gathered = True
-    for i in range(1, pool.header.around_pages):
+    for i in range(1, run_limit(pool)):
         if fault.index + i >= <int64_t>fault.region.pages:
             return
         if not region_lookup(pool, fault.r, fault.generation, fault.index + i, &page):
             return
-        near.page = page & ~COPYING
+        near.page = page & PAGE_MASK
         near.index = <uint64_t>fault.index + i
         near.patient = False
         if page & COPYING or not page_is_shared(pool, near.object, near.page):
@@ -343,6 +365,8 @@ cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept no
     cdef outcome result = DONE
     if fault.write and not fault.gathered and mappings_short(pool, fault.worker):
         fault_gather(pool, fault)
+    if fault_defer(pool, fault):
+        return DONE
     rc[0] = page_acquire(pool, &fault.want, &f)
     if rc[0] == STARVED and not fault_starved(pool, fault):
         fault.want.patient = True
@@ -385,6 +409,7 @@ cdef inline void fault_resolve(
     fault.want.sleeps = False
     fault.want.buffer = buffer
     fault.want.patient = patient
+    fault.want.error = 0
     fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
     fault.stride = 0
     fault.fed = False
@@ -402,9 +427,9 @@ cdef inline void fault_resolve(
             if now_ns() > fault.want.deadline_ns:
                 rc = -ENOMEM
                 break
-    if result == BUSY:
+    if result == BUSY and not load32(&pool.attached[worker].deaf):
         engine_wake(pool, fault.r, fault.generation, fault.index)
     elif rc < 0:
-        engine_poison(pool, fault.r, fault.generation, fault.index, fault_reason(rc), -rc if rc == -EIO else 0)
+        fault_poison(pool, &fault, rc)
     if fault.spare != FRAME_NONE:
         frame_give_back(pool, fault.spare)

@@ -13,18 +13,28 @@ The system calls are bounded for a region: what may be mapped writable is protec
 whose gaps grow until they are so few, and one more for each pinned page in between.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, qsort
+from libc.stdlib cimport calloc, free, qsort
 
-from pyswap.core.context cimport family_t, pool_t
+from pyswap.core.context cimport pool_t
 from pyswap.core.copy cimport copy_make, page_forget
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.evict cimport pages_sweep
-from pyswap.core.family cimport NO_EXTENT, family_of, page_drop
-from pyswap.core.frame cimport DIRTY, frame_claim_wait, frame_has, frame_sleep, frame_trylock
+from pyswap.core.family cimport family_look_again, family_of, page_drop, page_share
+from pyswap.core.frame cimport (
+    WRITABLE,
+    frame_claim_wait,
+    frame_flags,
+    frame_has,
+    frame_sleep,
+    frame_trylock,
+    word_generation,
+)
 from pyswap.core.kernel cimport file_allocate
 from pyswap.core.layout cimport (
     FRAME_NONE,
     MAX_BATCH_PAGES,
+    NO_EXTENT,
+    family_t,
     frame_id,
     frame_t,
     object_id,
@@ -35,7 +45,8 @@ from pyswap.core.layout cimport (
 )
 from pyswap.core.lock cimport (
     FP_FORK_COPIED,
-    add32,
+    FP_MAP_SET,
+    FP_REFERENCES_BEGUN,
     failpoint_visit,
     load32,
     load64,
@@ -44,15 +55,18 @@ from pyswap.core.lock cimport (
     mutex_unlock,
     now_ns,
     store32,
+    store64,
 )
 from pyswap.core.mapping cimport is_mapper
-from pyswap.core.page cimport frame_give_back
+from pyswap.core.page cimport frame_give_back, page_is_pinned
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport (
-    COPYING,
+    HOLE,
+    PAGE_MASK,
     break_at,
     gate_open,
     gate_shut,
+    is_hole,
     life_generation,
     region_page,
 )
@@ -68,27 +82,35 @@ cdef enum:
 cdef struct share_t:            # a region, and the one that shares its pages from here on
     region_id source
     region_id clone
+    uint64_t source_map         # places in the table of maps; the source's own if it has one already
+    uint64_t clone_map
 
 
 cdef inline int family_extend(pool_t *pool, object_id o, page_id base) noexcept nogil:
-    """Give a private object page ids for copies; the first extent is its own, each page of it with one reference."""
+    """Give a private object page ids for copies; the first extent is its own, each page of it with one reference.
+
+    Of a sparse object they have none: range_begin() gives them.
+    """
     cdef object_t *object = &pool.objects[o]
-    cdef family_t *family = pool.families[o]
+    cdef family_t *family = &pool.families[o]
     cdef uint64_t i
     cdef uint32_t e = 0
+    cdef bint given = base == object.base and not object.is_sparse
     cdef int rc = file_allocate(pool.control_fd, pool.header.offset_references + base * 4, object.pages * 4)
     if rc == 0 and base != object.base:
         rc = file_allocate(pool.control_fd, pool.header.offset_pages + base * 8, object.pages * 8)
     if rc != 0:
         return rc
-    if base == object.base:
+    if given:
         for i in range(object.pages):
             store32(&pool.references[base + i], 1)
+    if base == object.base:
+        failpoint_visit(pool.header, FP_REFERENCES_BEGUN)
     mutex_lock(&family.lock)
     while e < family.count and family.extents[e] != NO_EXTENT:
         e += 1
     family.extents[e] = base
-    family.live[e] = <int64_t>object.pages if base == object.base else 0
+    family.live[e] = <int64_t>object.pages if given else 0
     if e == family.count:
         store32(&family.count, e + 1)
     mutex_unlock(&family.lock)
@@ -97,11 +119,10 @@ cdef inline int family_extend(pool_t *pool, object_id o, page_id base) noexcept 
 
 cdef inline uint64_t family_sweep(pool_t *pool, object_id o) noexcept nogil:
     """Free what pages without references have; returns how many somebody else still holds."""
-    cdef family_t *family = pool.families[o]
+    cdef family_t *family = &pool.families[o]
     cdef uint64_t pages = pool.objects[o].pages, held = 0, at, i
     cdef page_id base
     cdef uint32_t e, n
-    store32(&family.unswept, 0)
     for e in range(load32(&family.count)):
         base = load64(&family.extents[e])
         at = 0
@@ -113,13 +134,13 @@ cdef inline uint64_t family_sweep(pool_t *pool, object_id o) noexcept nogil:
                     break
             at += n
     if held:
-        store32(&family.unswept, 1)
+        family_look_again(pool, o)
     return held
 
 
 cdef inline page_id family_trim(pool_t *pool, object_id o) noexcept nogil:
     """Take back an extent that has no page left, but not the first; NO_EXTENT when there is none."""
-    cdef family_t *family = pool.families[o]
+    cdef family_t *family = &pool.families[o]
     cdef page_id base = NO_EXTENT
     cdef uint64_t i
     cdef uint32_t e
@@ -173,53 +194,74 @@ cdef inline int page_copy_early(
     return rc
 
 
-cdef inline bint page_is_pinned(pool_t *pool, page_id page) noexcept nogil:
-    """Exact for a page whose region's gate is shut: pins are taken inside."""
-    cdef uint64_t pte = pte_read(pool, page)
-    return pte_is_frame(pte) and pool.frames[pte_frame(pte)].pins != 0 and pool.frames[pte_frame(pte)].page == page
+cdef inline int map_allocate(pool_t *pool, uint64_t place, uint64_t pages) noexcept nogil:
+    return file_allocate(pool.control_fd, pool.header.offset_maps + place * 8, pages * 8)
+
+
+cdef inline void map_set(pool_t *pool, region_id r, uint64_t place) noexcept nogil:
+    """Give a region a map, whose entries are written, or take it away: NO_EXTENT."""
+    store64(&pool.regions[r].map, place)
+    pool.maps[r] = &pool.map_entries[place] if place != NO_EXTENT else NULL
+    failpoint_visit(pool.header, FP_MAP_SET)
+
+
+cdef inline int map_begin(pool_t *pool, region_id r, uint64_t place) noexcept nogil:
+    """See to it that a region has a map: what it follows without one, at first, or holes."""
+    cdef region_t *region = &pool.regions[r]
+    cdef uint64_t i, holes = HOLE if pool.objects[region.object].is_sparse else 0
+    cdef int rc
+    if pool.maps[r] != NULL:
+        return 0
+    rc = map_allocate(pool, place, region.pages)
+    if rc == 0:
+        for i in range(region.pages):
+            store64(&pool.map_entries[place + i], (region.base + i) | holes)
+        map_set(pool, r, place)
+    return rc
 
 
 cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
     """The clone's map: the pages of the source, each with a reference more.  On failure nothing is left of it."""
     cdef region_t *region = &pool.regions[share.source]
-    cdef uint64_t pages = region.pages, i, page
-    cdef uint64_t *map = <uint64_t *>malloc(pages * 8)
-    cdef uint64_t *own
+    cdef uint64_t pages = region.pages, i = 0, page
+    cdef uint64_t *map = &pool.map_entries[share.clone_map]
     cdef uint32_t breaks = 0
     cdef bint pinned = loadi64(&pool.header.pinned_count) != 0
-    cdef int rc = 0
-    if map == NULL:
-        return -ENOMEM
-    if pool.maps[share.source] == NULL:
-        own = <uint64_t *>malloc(pages * 8)
-        if own == NULL:
-            free(map)
-            return -ENOMEM
-        for i in range(pages):
-            own[i] = region.base + i
-        pool.maps[share.source] = own
-    i = 0
+    cdef int rc = map_begin(pool, share.source, share.source_map)
+    if rc == 0:
+        rc = map_allocate(pool, share.clone_map, pages)
+    if rc != 0:
+        return rc
     while i < pages:
-        page = region_page(pool, share.source, <int64_t>i) & ~COPYING
+        page = region_page(pool, share.source, <int64_t>i)
+        map[i] = page
+        if is_hole(page):
+            i += 1
+            continue
+        page &= PAGE_MASK
         map[i] = page
         if pinned and page_is_pinned(pool, page):
             rc = page_copy_early(pool, region, <int64_t>i, page, &map[i])
-            if rc != 0 and region_page(pool, share.source, <int64_t>i) & ~COPYING != page:
+            if rc != 0 and (
+                region_page(pool, share.source, <int64_t>i) & PAGE_MASK != page or not page_is_pinned(pool, page)
+            ):
+                # What it had to be copied for is over: look again.
+                rc = 0
                 continue
             if rc != 0:
                 break
         else:
-            add32(&pool.references[page], 1)
+            page_share(pool, page)
         breaks += break_at(map, <int64_t>i, <int64_t>pages)
         i += 1
     if rc != 0:
         while i > 0:
             i -= 1
-            page_forget(pool, region.object, map[i])
-        free(map)
+            if not is_hole(map[i]):
+                page_forget(pool, region.object, map[i])
         return rc
-    pool.maps[share.clone] = map
     pool.regions[share.clone].breaks = breaks
+    map_set(pool, share.clone, share.clone_map)
     return 0
 
 
@@ -231,9 +273,9 @@ cdef inline bint region_unshare(pool_t *pool, object_id o, region_id r) noexcept
     if map == NULL:
         return False
     for i in range(pool.objects[o].pages):
-        last |= page_drop(pool, o, map[i] & ~COPYING)
-    pool.maps[r] = NULL
-    free(map)
+        if not is_hole(map[i]):
+            last |= page_drop(pool, o, map[i] & PAGE_MASK)
+    map_set(pool, r, NO_EXTENT)
     return last
 
 
@@ -244,19 +286,32 @@ cdef inline int compare_keys(const void *a, const void *b) noexcept nogil:
     return -1 if x < y else 1 if x > y else 0
 
 
-cdef inline uint32_t writable_keys(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
-    """The places of pages that the region may have mapped writable, in order."""
+cdef inline bint writable_key(pool_t *pool, region_id r, frame_t *frame, uint64_t *key) noexcept nogil:
+    """Whether a frame may be mapped writable by the region; its key."""
     cdef region_t *region = &pool.regions[r]
+    if frame.object != region.object or not frame_has(frame, WRITABLE) or not is_mapper(frame, region.worker):
+        return False
+    if frame.index >= region.pages or region_page(pool, r, <int64_t>frame.index) & PAGE_MASK != frame.page:
+        return False
+    key[0] = (frame.index << 1) | (frame.pins != 0)
+    return True
+
+
+cdef inline uint32_t writable_keys(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
+    """The places of pages that the region may have mapped writable, in order.
+
+    Through the frames, or through the pages where these are fewer: a fork of many small arrays looks at each once.
+    """
+    cdef uint64_t i, pte, pages = pool.regions[r].pages
     cdef uint32_t n = 0
-    cdef uint64_t f
-    cdef frame_t *frame
-    for f in range(pool.header.frame_count):
-        frame = &pool.frames[f]
-        if frame.object != region.object or not frame_has(frame, DIRTY) or not is_mapper(frame, region.worker):
-            continue
-        if frame.index < region.pages and region_page(pool, r, <int64_t>frame.index) & ~COPYING == frame.page:
-            keys[n] = (frame.index << 1) | (frame.pins != 0)
-            n += 1
+    if pages < pool.header.frame_count:
+        for i in range(pages):
+            pte = pte_read(pool, region_page(pool, r, <int64_t>i) & PAGE_MASK)
+            if pte_is_frame(pte):
+                n += writable_key(pool, r, &pool.frames[pte_frame(pte)], &keys[n])
+        return n
+    for i in range(pool.header.frame_count):
+        n += writable_key(pool, r, &pool.frames[i], &keys[n])
     qsort(keys, n, sizeof(uint64_t), compare_keys)
     return n
 
@@ -286,10 +341,28 @@ cdef inline int keys_protect(
     return 0
 
 
+cdef inline void keys_protected(pool_t *pool, region_id r, uint64_t *keys, uint32_t n) noexcept nogil:
+    """The next fork has nothing to protect but what is written again; who would write now is kept out by the gate."""
+    cdef uint64_t pte, page, word
+    cdef uint32_t i
+    cdef frame_t *frame
+    for i in range(n):
+        page = region_page(pool, r, <int64_t>(keys[i] >> 1)) & PAGE_MASK
+        pte = pte_read(pool, page)
+        if keys[i] & 1 or not pte_is_frame(pte):
+            continue
+        frame = &pool.frames[pte_frame(pte)]
+        word = load64(&frame.word)
+        # Read after the word: a frame that has changed hands since has another generation.
+        if pte_read(pool, page) == pte:
+            frame_flags(frame, word_generation(word), WRITABLE, 0)
+
+
 cdef inline int region_protect_all(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
     """Let no write reach the region's pages any more but the pinned ones."""
     cdef uint32_t n = writable_keys(pool, r, keys), ranges = 0, before
     cdef uint64_t gap = 1
+    cdef int rc
     keys_protect(pool, r, keys, n, gap, False, &ranges)
     while ranges > PROTECT_RANGES:
         before = ranges
@@ -297,7 +370,10 @@ cdef inline int region_protect_all(pool_t *pool, region_id r, uint64_t *keys) no
         keys_protect(pool, r, keys, n, gap, False, &ranges)
         if ranges == before and gap > pool.regions[r].pages:
             break
-    return keys_protect(pool, r, keys, n, gap, True, &ranges)
+    rc = keys_protect(pool, r, keys, n, gap, True, &ranges)
+    if rc == 0:
+        keys_protected(pool, r, keys, n)
+    return rc
 
 
 cdef inline int regions_share(pool_t *pool, share_t *shares, uint32_t n) noexcept nogil:
@@ -320,7 +396,7 @@ cdef inline int regions_share(pool_t *pool, share_t *shares, uint32_t n) noexcep
     while rc != 0 and done > 0:
         done -= 1
         if region_unshare(pool, pool.regions[shares[done].source].object, shares[done].clone):
-            store32(&pool.families[pool.regions[shares[done].source].object].unswept, 1)
+            family_look_again(pool, pool.regions[shares[done].source].object)
     for i in range(n):
         gate_open(&pool.regions[shares[i].source])
     free(keys)

@@ -8,10 +8,11 @@ A frame's word, changed only by compare-and-swap of the whole:
     bit  5     SLEPT_ON    some thread of the swapper sleeps on the low half
     bit  6     DIRTY       bytes newer than the slot's (R3)
     bit  7     REDIRTIED   made writable during WRITEBACK
-    bit  8     REFERENCED  touched since the hand last passed
+    bit  8     REFERENCED  touched since the first hand passed
     bit  9     AHEAD       read ahead and not yet asked for
     bit  10    COLD        to be evicted first
-    bit  11    PASSED      the hand has met it AHEAD, and left it one more turn to be asked for
+    bit  11    PASSED      the second hand has met it AHEAD, and left it one more turn to be asked for
+    bit  12    HOT         its page came back soon after an eviction: the hand passes it by, see policy.pxd
     bits 32-63 generation, one more at every claim
 
 To use: frame_claim() or frame_trylock(), then the setters, then frame_unlock() or frame_set_free().
@@ -27,6 +28,7 @@ from pyswap.core.layout cimport (
     FREE,
     OFFLINE,
     PRESENT,
+    RETIRED,
     SLOT_NONE,
     WORKER_WORDS,
     WRITEBACK,
@@ -37,10 +39,24 @@ from pyswap.core.layout cimport (
     worker_id,
 )
 from pyswap.core.lock cimport (
+    FP_FRAME_BACK,
+    FP_FRAME_CLAIM,
+    FP_FRAME_CLAIMED,
+    FP_FRAME_CLEAN,
+    FP_FRAME_DIRTY,
+    FP_FRAME_EVICTING,
+    FP_FRAME_FREE,
+    FP_FRAME_OFFLINE,
+    FP_FRAME_PINNED,
+    FP_FRAME_PRESENT,
+    FP_FRAME_RETIRED,
+    FP_FRAME_UNPINNED,
+    FP_FRAME_WRITEBACK,
     add32,
     addi64,
     and64,
     cas64,
+    failpoint_visit,
     futex_wait,
     futex_wake,
     load32,
@@ -65,6 +81,8 @@ cdef enum:
     AHEAD = 1 << 9
     COLD = 1 << 10
     PASSED = 1 << 11
+    HOT = 1 << 12
+    WRITABLE = 1 << 13          # a private page may be mapped writable: not protected since it was last made DIRTY
 
 cdef struct waiters_t:          # whom to wake once a lock has ended
     uint64_t bits[4]
@@ -82,6 +100,10 @@ cdef inline int word_state(uint64_t word) noexcept nogil:
 
 cdef inline uint64_t word_with_state(uint64_t word, int state) noexcept nogil:
     return (word & ~<uint64_t>STATE_MASK) | <uint64_t>state
+
+
+cdef inline uint32_t word_generation(uint64_t word) noexcept nogil:
+    return <uint32_t>(word >> 32)
 
 
 cdef inline bint word_resident(uint64_t word) noexcept nogil:
@@ -112,6 +134,17 @@ cdef inline bint frame_unmark(frame_t *frame, uint64_t flags) noexcept nogil:
             return True
 
 
+cdef inline void frame_flags(frame_t *frame, uint32_t generation, uint64_t off, uint64_t on) noexcept nogil:
+    """Clear a flag that is set, and set others, if the frame still holds the page of that generation."""
+    cdef uint64_t word
+    while True:
+        word = load64(&frame.word)
+        if word_generation(word) != generation or not word & off:
+            return
+        if cas64(&frame.word, word, (word & ~off) | on):
+            return
+
+
 # The dirty bit is counted, so it has setters of its own.
 
 cdef inline void frame_set_dirty(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -121,7 +154,10 @@ cdef inline void frame_set_dirty(pool_t *pool, frame_t *frame) noexcept nogil:
         panic("frame_set_dirty: not locked", word, frame.page, 0)
     if word_state(word) == WRITEBACK:
         frame_mark(frame, REDIRTIED)
+    if not word & WRITABLE:
+        frame_mark(frame, WRITABLE)
     if frame_mark(frame, DIRTY):
+        failpoint_visit(pool.header, FP_FRAME_DIRTY)
         addi64(&pool.header.dirty_count, 1)
 
 
@@ -130,6 +166,7 @@ cdef inline void frame_set_clean(pool_t *pool, frame_t *frame) noexcept nogil:
     if not frame_has(frame, LOCKED):
         panic("frame_set_clean: not locked", load64(&frame.word), frame.page, 0)
     if frame_unmark(frame, DIRTY):
+        failpoint_visit(pool.header, FP_FRAME_CLEAN)
         addi64(&pool.header.dirty_count, -1)
 
 
@@ -152,17 +189,20 @@ cdef inline void frame_set_present(pool_t *pool, frame_t *frame) noexcept nogil:
         frame_move(pool, frame, WRITEBACK, PRESENT)
     else:
         frame_move(pool, frame, FILLING, PRESENT)
+    failpoint_visit(pool.header, FP_FRAME_PRESENT)
 
 
 cdef inline void frame_set_writeback(pool_t *pool, frame_t *frame) noexcept nogil:
     frame_unmark(frame, REDIRTIED)
     frame_move(pool, frame, PRESENT, WRITEBACK)
+    failpoint_visit(pool.header, FP_FRAME_WRITEBACK)
 
 
 cdef inline void frame_set_evicting(pool_t *pool, frame_t *frame) noexcept nogil:
     if frame_has(frame, DIRTY) or frame.pins:
         panic("frame_set_evicting: dirty or pinned", load64(&frame.word), frame.page, frame.pins)
     frame_move(pool, frame, PRESENT, EVICTING)
+    failpoint_visit(pool.header, FP_FRAME_EVICTING)
 
 
 # Pins, under the lock.
@@ -172,6 +212,7 @@ cdef inline void frame_pin(pool_t *pool, frame_t *frame, bint writable) noexcept
         addi64(&pool.header.pinned_count, 1)
     frame.pins += 1
     frame.writable_pins += writable
+    failpoint_visit(pool.header, FP_FRAME_PINNED)
 
 
 cdef inline void frame_unpin(pool_t *pool, frame_t *frame, bint writable) noexcept nogil:
@@ -181,6 +222,7 @@ cdef inline void frame_unpin(pool_t *pool, frame_t *frame, bint writable) noexce
     frame.writable_pins -= writable
     if frame.pins == 0:
         addi64(&pool.header.pinned_count, -1)
+    failpoint_visit(pool.header, FP_FRAME_UNPINNED)
 
 
 cdef inline void frame_unpin_all(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -189,6 +231,7 @@ cdef inline void frame_unpin_all(pool_t *pool, frame_t *frame) noexcept nogil:
         addi64(&pool.header.pinned_count, -1)
     frame.pins = 0
     frame.writable_pins = 0
+    failpoint_visit(pool.header, FP_FRAME_UNPINNED)
 
 
 # The lock.
@@ -263,6 +306,21 @@ cdef inline void frame_end_lock(pool_t *pool, frame_t *frame, bint release, wait
         futex_wake(low_half(&frame.word), 0x7FFFFFFF)
 
 
+cdef inline void frame_recover(frame_t *frame, int state, bint dirty) noexcept nogil:
+    """After a swapper's death, before any thread begins: unlocked, unpinned, in a state that others build on."""
+    cdef uint64_t word = load64(&frame.word), kept = word & (<uint64_t>0xFFFFFFFF << 32)
+    cdef int i
+    if state == PRESENT:
+        kept |= word & REFERENCED
+        if dirty:
+            kept |= DIRTY | WRITABLE
+    swap64(&frame.word, kept | <uint64_t>state)
+    frame.pins = 0
+    frame.writable_pins = 0
+    for i in range(WORKER_WORDS):
+        frame.waiters[i] = 0
+
+
 # The allocator.
 
 cdef inline void frame_push_free(pool_t *pool, frame_id f) noexcept nogil:
@@ -290,6 +348,8 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
     cdef uint32_t left
     cdef int i
     cdef frame_t *frame
+    if failpoint_visit(pool.header, FP_FRAME_CLAIM) != 0:
+        return f
     mutex_lock(&pool.free_lock)
     left = pool.free_count
     if left > keep:
@@ -309,6 +369,7 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
         # A flag may come in between: who cools pages marks what an entry named a moment ago.
         if cas64(&frame.word, word, (((word >> 32) + 1) << 32) | FILLING | LOCKED):
             break
+    failpoint_visit(pool.header, FP_FRAME_CLAIMED)
     addi64(&pool.header.state_count[FREE], -1)
     addi64(&pool.header.state_count[FILLING], 1)
     for i in range(WORKER_WORDS):
@@ -321,7 +382,9 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
 
 cdef inline void frame_forget_mapper(frame_t *frame, worker_id worker) noexcept nogil:
     """The worker's memory is gone: its number will be another's."""
-    and64(&frame.mappers[worker >> 6], ~(<uint64_t>1 << (worker & 63)))
+    # Most frames were never its: they are only read.
+    if load64(&frame.mappers[worker >> 6]) & (<uint64_t>1 << (worker & 63)):
+        and64(&frame.mappers[worker >> 6], ~(<uint64_t>1 << (worker & 63)))
 
 
 cdef inline frame_id frame_claim_wait(pool_t *pool, uint64_t deadline_ns) noexcept nogil:
@@ -349,6 +412,7 @@ cdef inline void frame_set_free(pool_t *pool, frame_id f, waiters_t *waiters) no
     addi64(&pool.header.state_count[state], -1)
     addi64(&pool.header.state_count[FREE], 1)
     frame_end_lock(pool, frame, True, waiters)
+    failpoint_visit(pool.header, FP_FRAME_FREE)
     frame_push_free(pool, f)
 
 
@@ -356,18 +420,28 @@ cdef inline void frame_set_offline(pool_t *pool, frame_id f, waiters_t *waiters)
     """From FILLING, undone, when the store could get no memory for it."""
     cdef frame_t *frame = &pool.frames[f]
     frame_move(pool, frame, FILLING, OFFLINE)
+    failpoint_visit(pool.header, FP_FRAME_OFFLINE)
     frame_end_lock(pool, frame, False, waiters)
 
 
-cdef inline bint frame_set_online(pool_t *pool, frame_id f) noexcept nogil:
-    """OFFLINE back to FREE, when memory was found again; False if it was not offline."""
+cdef inline void frame_set_retired(pool_t *pool, frame_id f, waiters_t *waiters) noexcept nogil:
+    """From FILLING, claimed and not installed: the budget has a frame less."""
+    cdef frame_t *frame = &pool.frames[f]
+    frame_move(pool, frame, FILLING, RETIRED)
+    failpoint_visit(pool.header, FP_FRAME_RETIRED)
+    frame_end_lock(pool, frame, False, waiters)
+
+
+cdef inline bint frame_set_back(pool_t *pool, frame_id f, int state) noexcept nogil:
+    """OFFLINE or RETIRED back to FREE; False if it was not in that state."""
     cdef frame_t *frame = &pool.frames[f]
     cdef uint64_t word = load64(&frame.word)
-    if word_state(word) != OFFLINE or word & LOCKED:
+    if word_state(word) != state or word & LOCKED:
         return False
     if not cas64(&frame.word, word, (word >> 32) << 32):
         return False
-    addi64(&pool.header.state_count[OFFLINE], -1)
+    failpoint_visit(pool.header, FP_FRAME_BACK)
+    addi64(&pool.header.state_count[state], -1)
     addi64(&pool.header.state_count[FREE], 1)
     frame_push_free(pool, f)
     return True

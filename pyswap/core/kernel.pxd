@@ -1,5 +1,8 @@
 """Foreign calls: each returns 0 (or a count) or -errno.  Nothing here knows of frames or pages.
 
+In the debug build a test may have the n-th call of a kind fail, counted over all processes that it tells of a common
+file: call_fails() is asked before each, and is no code at all in the release build.
+
 The constants of userfaultfd newer than the build machine's headers are defined here; their values are the
 kernel's ABI (include/uapi/linux/userfaultfd.h, Linux 6.4).
 """
@@ -34,9 +37,38 @@ cdef extern from *:
                              UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
     #define KERNEL_PAGE_BYTES ((uint64_t)sysconf(_SC_PAGESIZE))
 
+    /* In the order of CALL_NAMES in _fast_debug.pyx. */
+    enum { CALL_PREAD, CALL_PWRITE, CALL_FALLOCATE, CALL_PUNCH, CALL_MMAP, CALL_REGISTER, CALL_CONTINUE, CALL_PROTECT,
+           CALL_USERFAULTFD, CALLS };
+    #ifdef PYSWAP_DEBUG
+    struct failing_call { uint32_t first, last, error, passed, failed, pad[3]; };
+    static struct failing_call *failing_calls;
+    static inline uint32_t add32(uint32_t *p, uint32_t v);      /* of lock.pxd */
+    static inline int call_fails(int kind) {
+        struct failing_call *c = failing_calls ? &failing_calls[kind] : NULL;
+        uint32_t n = c ? add32(&c->passed, 1) + 1 : 0;
+        if (!c || n < c->first || n > c->last) return 0;
+        add32(&c->failed, 1);
+        errno = (int)c->error;
+        return 1;
+    }
+    static inline int calls_join(int fd) {
+        void *p = mmap(NULL, CALLS * sizeof(struct failing_call), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (p == MAP_FAILED) return -errno;
+        failing_calls = p;
+        return 0;
+    }
+    #else
+    #define call_fails(kind) 0
+    #endif
+
+    /* MAP_FAILED and errno, as mmap. */
+    static inline void *map_memory(void *at, uint64_t bytes, int protection, int flags, int fd, uint64_t offset) {
+        return call_fails(CALL_MMAP) ? MAP_FAILED : mmap(at, bytes, protection, flags, fd, (off_t)offset);
+    }
     static inline int uffd_handshake(int fd) {
         struct uffdio_api api = { .api = UFFD_API, .features = PYSWAP_FEATURES };
-        if (ioctl(fd, UFFDIO_API, &api) < 0) { int e = errno; close(fd); return -e; }
+        if (call_fails(CALL_USERFAULTFD) || ioctl(fd, UFFDIO_API, &api) < 0) { int e = errno; close(fd); return -e; }
         return fd;
     }
     /* Full userfaultfd where this user may, else user mode only; *user_only says which. */
@@ -59,11 +91,12 @@ cdef extern from *:
     static inline int uffd_register(int fd, uint64_t address, uint64_t length) {
         struct uffdio_register r = { .range = { address, length },
             .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP };
-        if (ioctl(fd, UFFDIO_REGISTER, &r) < 0) return -errno;
+        if (call_fails(CALL_REGISTER) || ioctl(fd, UFFDIO_REGISTER, &r) < 0) return -errno;
         return 0;
     }
     /* Maps the resident bytes at [address, +length); what is mapped already is passed over and noted in
-       *existed.  EAGAIN with progress means a short count, not a failure. */
+       *existed.  EAGAIN with progress means a short count, not a failure; no memory for page tables may be
+       had the next time. */
     static inline int uffd_continue(int fd, uint64_t address, uint64_t length, int protect, int *existed) {
         uint64_t done = 0;
         int idle = 0;
@@ -71,10 +104,10 @@ cdef extern from *:
         while (done < length) {
             struct uffdio_continue c = { .range = { address + done, length - done },
                                          .mode = protect ? PYSWAP_CONTINUE_MODE_WP : 0 };
-            if (ioctl(fd, UFFDIO_CONTINUE, &c) == 0) return 0;
+            if (!call_fails(CALL_CONTINUE) && ioctl(fd, UFFDIO_CONTINUE, &c) == 0) return 0;
             if (errno == EAGAIN && c.mapped > 0) { done += (uint64_t)c.mapped; idle = 0; continue; }
             if (errno == EEXIST) { *existed = 1; done += KERNEL_PAGE_BYTES; continue; }
-            if (errno == EAGAIN && ++idle < 100) continue;
+            if ((errno == EAGAIN || errno == ENOMEM) && ++idle < 100) continue;
             return -errno;
         }
         return 0;
@@ -83,8 +116,8 @@ cdef extern from *:
         struct uffdio_writeprotect p = { .range = { address, length },
                                          .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0 };
         int idle = 0;
-        while (ioctl(fd, UFFDIO_WRITEPROTECT, &p) < 0) {
-            if (errno == EAGAIN && ++idle < 100) continue;
+        while (call_fails(CALL_PROTECT) || ioctl(fd, UFFDIO_WRITEPROTECT, &p) < 0) {
+            if ((errno == EAGAIN || errno == ENOMEM) && ++idle < 100) continue;
             return -errno;
         }
         return 0;
@@ -108,14 +141,15 @@ cdef extern from *:
     }
 
     static inline int file_allocate(int fd, uint64_t offset, uint64_t length) {
-        while (fallocate(fd, 0, (off_t)offset, (off_t)length) < 0) {
+        while (call_fails(CALL_FALLOCATE) || fallocate(fd, 0, (off_t)offset, (off_t)length) < 0) {
             if (errno == EINTR) continue;
             return -errno;
         }
         return 0;
     }
     static inline int file_punch(int fd, uint64_t offset, uint64_t length) {
-        while (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) < 0) {
+        const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+        while (call_fails(CALL_PUNCH) || fallocate(fd, mode, (off_t)offset, (off_t)length) < 0) {
             if (errno == EINTR) continue;
             return -errno;
         }
@@ -124,7 +158,9 @@ cdef extern from *:
     /* All of the vector, or -errno; a read that ends early is EIO: the slot should be there.  Consumes v. */
     static inline int file_transfer(int writing, int fd, struct iovec *v, int count, uint64_t offset) {
         while (count > 0) {
-            ssize_t n = writing ? pwritev(fd, v, count, (off_t)offset) : preadv(fd, v, count, (off_t)offset);
+            ssize_t n = -1;
+            if (!call_fails(writing ? CALL_PWRITE : CALL_PREAD))
+                n = writing ? pwritev(fd, v, count, (off_t)offset) : preadv(fd, v, count, (off_t)offset);
             if (n < 0) { if (errno == EINTR) continue; return -errno; }
             if (n == 0) return -EIO;
             offset += (uint64_t)n;
@@ -132,6 +168,19 @@ cdef extern from *:
             if (count > 0) { v->iov_base = (char *)v->iov_base + n; v->iov_len -= (size_t)n; }
         }
         return 0;
+    }
+    /* What a file is, in one number: another one after any change of its bytes that moves its time. */
+    static inline int file_stamp(int fd, uint64_t *stamp) {
+        const uint64_t k = 0x9E3779B97F4A7C15u;
+        struct stat s;
+        if (fstat(fd, &s) < 0) return -errno;
+        *stamp = (((uint64_t)s.st_ino * k ^ (uint64_t)s.st_size) * k ^ (uint64_t)s.st_mtim.tv_sec) * k ^
+                 (uint64_t)s.st_mtim.tv_nsec;
+        return 0;
+    }
+    /* Whether something was written there; a hole is not read, since that would fill it. */
+    static inline int file_has_data(int fd, uint64_t offset) {
+        return lseek(fd, (off_t)offset, SEEK_DATA) == (off_t)offset;
     }
     static inline int is_zero(const void *p, size_t n) {
         const uint64_t *w = (const uint64_t *)p;
@@ -160,6 +209,8 @@ cdef extern from *:
     enum:
         UFFD_PAGEFAULT_FLAG_WRITE
         UFFD_PAGEFAULT_FLAG_WP
+    int calls_join(int fd) noexcept nogil       # the debug build's only
+    bint call_fails(int kind) noexcept nogil
     int uffd_open(int *user_only) noexcept nogil
     int uffd_register(int fd, uint64_t address, uint64_t length) noexcept nogil
     int uffd_continue(int fd, uint64_t address, uint64_t length, bint protect, int *existed) noexcept nogil
@@ -169,6 +220,8 @@ cdef extern from *:
     int file_allocate(int fd, uint64_t offset, uint64_t length) noexcept nogil
     int file_punch(int fd, uint64_t offset, uint64_t length) noexcept nogil
     int file_transfer(bint writing, int fd, iovec *v, int count, uint64_t offset) noexcept nogil
+    int file_stamp(int fd, uint64_t *stamp) noexcept nogil
+    bint file_has_data(int fd, uint64_t offset) noexcept nogil
     bint is_zero(const void *p, size_t n) noexcept nogil
     int poll_add(int ep, int fd, uint64_t data) noexcept nogil
     int poll_rearm(int ep, int fd, uint64_t data) noexcept nogil

@@ -132,8 +132,10 @@ cdef inline void mutex_unlock(mutex_t *m) noexcept nogil:
         futex_wake(m, 1)
 
 
-# Failpoints: places where a test of the debug build can hold a thread, kill the process or make a
-# system call fail.  The release build compiles the body away.
+# Failpoints: places where a test of the debug build can hold a thread, kill or stop the process, or make a call
+# fail.  The release build compiles the body away.  Every change of a frame, a page table entry, a slot, a reference
+# or a map has one, right after it and outside the leaves, so that whoever is parked there holds frames and gates only.
+# Tests arm and release them in the control segment itself: the swapper's request thread may be the one that is parked.
 cdef enum failpoint:
     FP_FILL_LOCKED          # a fill owns its frame and is in the page table; nothing read yet
     FP_FILL_READ            # the read of a slot: errno
@@ -147,7 +149,51 @@ cdef enum failpoint:
     FP_COPY_MADE            # a run of pages is copied, the map not yet changed
     FP_COPY_ORDERED         # the attendant has its order, the frames are locked yet
     FP_COPY_ANSWERED        # the attendant has mapped the copies, nobody knows yet
+    FP_DRAIN_PAGE           # a page is about to leave a swap area
+    FP_FRAME_RETIRED        # a frame has left the budget
+    FP_TAKEOVER             # a step of the repair is done
     FP_FORK_COPIED          # a fork has added its references, nothing is write-protected yet
+    FP_ENTRY_READ           # an entry names a frame, which is not locked yet
+    FP_HOLD_NOTED           # what is to keep an object is written down, and not done
+    FP_AREA_STATE           # an area is switched on or off
+    # Changes of a frame's word, and of its pins.
+    FP_FRAME_CLAIM          # a frame is wanted: errno, there is none
+    FP_FRAME_CLAIMED        # the word says FILLING, the descriptor is the last page's yet
+    FP_FRAME_PRESENT
+    FP_FRAME_WRITEBACK
+    FP_FRAME_EVICTING
+    FP_FRAME_FREE           # the word says FREE, the free list does not know it yet
+    FP_FRAME_OFFLINE
+    FP_FRAME_BACK           # as FP_FRAME_FREE, of a frame that was OFFLINE or RETIRED
+    FP_FRAME_DIRTY
+    FP_FRAME_CLEAN
+    FP_FRAME_PINNED
+    FP_FRAME_UNPINNED
+    # Page table entries.
+    FP_PTE_FRAME            # an entry names a frame
+    FP_PTE_LEFT             # an entry names a slot, or nothing
+    # Slots.
+    FP_SLOTS_RESERVE        # slots are wanted: errno, there are none
+    FP_SLOTS_RESERVED
+    FP_SLOT_USED
+    FP_SLOT_FREED
+    # References, and the maps that hold them.
+    FP_PAGE_TAKE            # a page id is wanted for a copy: errno, there is none
+    FP_PAGE_TAKEN
+    FP_PAGE_SHARED
+    FP_PAGE_DROPPED
+    FP_REFERENCES_BEGUN     # a private object's own pages have a reference each, or those of a sparse one none
+    FP_MAP_SET              # a region has a map, or has none any more
+    FP_MAP_PUT
+    # A worker's attendant; who is parked here holds the process's list of ranges.
+    FP_ATTENDANT_ORDER      # it has its order, nothing is mapped yet
+    FP_ATTENDANT_MAPPED     # the copies are mapped, and not registered
+    FP_ATTENDANT_DONE       # they are registered, the swapper does not know yet
+    FP_FILE_READ            # the read of an array's own file: errno
+    # A block that moves.
+    FP_MOVE_BEGUN           # its process has nothing mapped at the old addresses and at the new ones
+    FP_MOVE_PLACED          # the map has its pages at their new indexes, who holds one does not know yet
+    FP_MOVE_MAPPED          # they are mapped at the new addresses
 
 
 cdef inline int failpoint_visit(header_t *header, int which) noexcept nogil:

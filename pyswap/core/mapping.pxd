@@ -6,6 +6,7 @@ writing has entered its gate (R10).
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_map, engine_unprotect, engine_wake, page_unlock
 from pyswap.core.family cimport page_is_shared
@@ -37,7 +38,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
-from pyswap.core.region cimport COPYING, life_generation, region_page
+from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -101,7 +102,7 @@ cdef inline uint32_t gather_zero(
             break
         if write and page_is_shared(pool, want.object, want.page + n):
             break
-        f = frame_claim(pool, pool.header.low_frames)
+        f = frame_claim(pool, pool.header.minimum_frames)
         if f == FRAME_NONE:
             break
         if not fill_install(pool, f, want.page + n, want.index + n, want.object, want.object_generation, pte):
@@ -143,7 +144,7 @@ cdef inline void map_resident(
     pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
 ) noexcept nogil:
     """Map resident neighbours from index on, in runs of one protection, until one is not to be had."""
-    cdef frame_id run[64]
+    cdef frame_id run[256]
     cdef uint32_t n = 0, i
     cdef frame_id f = 0
     cdef bint writable, run_writable = False
@@ -163,12 +164,20 @@ cdef inline void map_resident(
         page_unlock(pool, &pool.frames[run[i]])
 
 
+cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
+    """How many pages right before an index nobody has touched yet."""
+    cdef uint32_t n = 0
+    while n < limit and <int64_t>n < index and pte_read(pool, region_page(pool, r, index - 1 - n) & PAGE_MASK) == 0:
+        n += 1
+    return n
+
+
 cdef inline void map_around(
     pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t stride, bint write
 ) noexcept nogil:
     """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches."""
     cdef uint32_t generation = life_generation(&region.word)
-    cdef frame_id zeroed[64]
+    cdef frame_id zeroed[256]
     cdef uint32_t limit = pool.header.around_pages, n, i
     cdef int64_t first = index + 1
     cdef wanted_t near = want[0]
@@ -181,11 +190,16 @@ cdef inline void map_around(
         limit = <uint32_t>(<int64_t>region.pages - first)
     if limit == 0:
         return
-    near.page = region_page(pool, r, first) & ~COPYING
+    # Copies go down from the end, too, where that suits their addresses.
+    n = untouched_before(pool, r, index, limit) if stride == -1 else 0
+    if n:
+        first = index - n
+        limit = n
+    near.page = region_page(pool, r, first) & PAGE_MASK
     near.index = <uint64_t>first
     # Only a stream that writes is taken to write its neighbours too.
-    write = write and stride == 1
-    if stride == 1 and pte_read(pool, near.page) == 0:
+    write = write and (stride == 1 or n != 0)
+    if (stride == 1 or n) and pte_read(pool, near.page) == 0 and not has_file(pool, near.object):
         n = gather_zero(pool, &near, r, limit, write, zeroed)
         if n:
             map_run(pool, r, generation, first, zeroed, n, write)
@@ -200,7 +214,7 @@ cdef inline void unprotect_around(
 ) noexcept nogil:
     """A stream writes pages that it read before: lift the protection of a few more at once."""
     cdef uint32_t generation = life_generation(&region.word)
-    cdef frame_id run[64]
+    cdef frame_id run[256]
     cdef uint32_t n = 0, i, limit = pool.header.around_pages
     cdef int64_t next = index + 1
     if stride != 1:

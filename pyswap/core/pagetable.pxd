@@ -2,7 +2,7 @@
 
     bits 0-1    kind: EMPTY (all zeros, in neither frame nor slot), FRAME, SLOT
     bits 2-33   the frame, or the slot
-    bits 34-63  of a SLOT entry: room for the eviction's time, from which a refault's distance follows
+    bits 34-63  of a SLOT entry: the eviction's time, see policy.pxd; 0: unknown
 
 An entry changes by compare-and-swap: into FRAME by the filler who owns that frame; out of FRAME by who holds
 its lock.  That a slot entry was something else in between (A-B-A) is harmless: the slot named at the moment
@@ -12,13 +12,15 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from pyswap.core.context cimport pool_t
 from pyswap.core.layout cimport SLOT_NONE, frame_id, page_id, slot_id
-from pyswap.core.lock cimport cas64, load64, panic
+from pyswap.core.lock cimport FP_PTE_FRAME, FP_PTE_LEFT, cas64, failpoint_visit, load64, panic
 
 cdef enum:
     PTE_EMPTY = 0
     PTE_FRAME = 1
     PTE_SLOT = 2
     PTE_KINDS = 3
+    PTE_TIME_SHIFT = 34
+    PTE_TIMES = 1 << 30
 
 
 cdef inline uint64_t pte_make_frame(frame_id f) noexcept nogil:
@@ -30,6 +32,18 @@ cdef inline uint64_t pte_make_slot(slot_id slot) noexcept nogil:
     if slot == SLOT_NONE:
         return PTE_EMPTY
     return (<uint64_t>slot << 2) | PTE_SLOT
+
+
+cdef inline uint64_t pte_make_evicted(slot_id slot, uint64_t time) noexcept nogil:
+    """As pte_make_slot(), with the eviction's time."""
+    if slot == SLOT_NONE:
+        return PTE_EMPTY
+    return (time << PTE_TIME_SHIFT) | pte_make_slot(slot)
+
+
+cdef inline uint64_t pte_time(uint64_t pte) noexcept nogil:
+    """When the page was evicted; 0 where nobody knows."""
+    return pte >> PTE_TIME_SHIFT if pte_is_slot(pte) else 0
 
 
 cdef inline bint pte_is_frame(uint64_t pte) noexcept nogil:
@@ -60,4 +74,7 @@ cdef inline uint64_t pte_read(pool_t *pool, page_id page) noexcept nogil:
 
 
 cdef inline bint pte_change(pool_t *pool, page_id page, uint64_t before, uint64_t after) noexcept nogil:
-    return cas64(&pool.pages[page], before, after)
+    if not cas64(&pool.pages[page], before, after):
+        return False
+    failpoint_visit(pool.header, FP_PTE_FRAME if pte_is_frame(after) else FP_PTE_LEFT)
+    return True

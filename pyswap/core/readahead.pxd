@@ -21,6 +21,7 @@ cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
     mutex_lock(&pool.requests_lock)
     room = pool.requests_tail - pool.requests_head < REQUESTS
     if room:
+        request.epoch = load32(&pool.epochs[request.object])
         pool.requests[pool.requests_tail % REQUESTS] = request[0]
         pool.requests_tail += 1
     mutex_unlock(&pool.requests_lock)

@@ -1,6 +1,6 @@
 """The life of an eviction: from frames that are needed to frames that are free.
 
-    1 choose: lock the cold ones, then what the hand finds not referenced since it last passed
+    1 choose: lock the cold ones, then what the hand finds neither hot nor referenced for half a turn
     2 drop the clean ones   3 clean the dirty ones   4 drop those
 
 Write-ahead is step 3 alone, for dirty pages that the hand will meet soon.
@@ -15,6 +15,7 @@ from pyswap.core.frame cimport (
     AHEAD,
     COLD,
     DIRTY,
+    HOT,
     LOCKED,
     PASSED,
     REFERENCED,
@@ -36,7 +37,7 @@ from pyswap.core.victim cimport (
 
 cdef inline uint32_t victims_choose(pool_t *pool, victim_t *victims, uint32_t wanted) noexcept nogil:
     """Up to `wanted` locked victims, sorted by page so that neighbours go out together."""
-    cdef uint32_t n = 0, visits = 0, limit = <uint32_t>(3 * pool.header.frame_count + wanted)
+    cdef uint32_t n = 0, visits = 0, frames = <uint32_t>pool.header.frame_count, limit = 3 * frames + wanted
     cdef frame_id f
     cdef frame_t *frame
     while n < wanted:
@@ -47,13 +48,16 @@ cdef inline uint32_t victims_choose(pool_t *pool, victim_t *victims, uint32_t wa
             n += 1
     while n < wanted and visits < limit:
         visits += 1
-        f = add32(&pool.hand, 1) % <uint32_t>pool.header.frame_count
+        f = add32(&pool.hand, 1) % frames
         frame = &pool.frames[f]
-        if frame_has(frame, LOCKED) or frame_state(frame) != PRESENT:
+        # The other hand goes half a turn ahead: what is touched between the two stays, the rest can be cleaned.
+        frame_unmark(&pool.frames[(f + frames // 2) % frames], REFERENCED)
+        if frame_has(frame, LOCKED | REFERENCED) or frame_state(frame) != PRESENT or frame.pins:
             continue
-        if frame_unmark(frame, REFERENCED) or frame.pins:
+        # Two turns found nothing else: all the others are pinned, or being filled.
+        if frame_has(frame, HOT) and (n or visits < 2 * frames):
             continue
-        # What was read ahead gets a turn more: where all was referenced, the hand comes round at once.
+        # What was read ahead gets a turn more: where all was referenced, the second hand follows the first at once.
         if frame_has(frame, AHEAD) and frame_mark(frame, PASSED):
             continue
         if victim_lock(pool, f, &victims[n]):
@@ -64,7 +68,7 @@ cdef inline uint32_t victims_choose(pool_t *pool, victim_t *victims, uint32_t wa
 
 cdef inline uint32_t reclaim_batch(pool_t *pool) noexcept nogil:
     """Free one batch of frames; returns how many victims were clean or could be cleaned."""
-    cdef victim_t victims[256]
+    cdef victim_t victims[1024]
     cdef uint32_t n = victims_choose(pool, victims, pool.header.batch_pages), clean
     clean = victims_drop_clean(pool, victims, &n)
     if n:
@@ -74,14 +78,14 @@ cdef inline uint32_t reclaim_batch(pool_t *pool) noexcept nogil:
 
 cdef inline uint32_t write_ahead_batch(pool_t *pool) noexcept nogil:
     """Clean dirty pages that the hand will meet next and find not referenced; returns how many were cleaned."""
-    cdef victim_t victims[256]
+    cdef victim_t victims[1024]
     cdef uint32_t n = 0, step, hand = load32(&pool.hand), frames = <uint32_t>pool.header.frame_count
     cdef uint32_t f, wanted = pool.header.batch_pages
     cdef frame_t *frame
     for step in range(frames // 2):
         f = (hand + pool.header.batch_pages + step) % frames
         frame = &pool.frames[f]
-        if frame_has(frame, REFERENCED | LOCKED) or not frame_has(frame, DIRTY) or frame.pins:
+        if frame_has(frame, REFERENCED | HOT | LOCKED) or not frame_has(frame, DIRTY) or frame.pins:
             continue
         if not victim_lock(pool, f, &victims[n]):
             continue
@@ -111,6 +115,9 @@ cdef inline void reclaim_loop(pool_t *pool) noexcept nogil:
             reclaim_kick(pool)
         elif free >= pool.header.high_frames:
             store32(&pool.pressed, 0)
+        if load32(&pool.memory_short):
+            store32(&pool.memory_short, 0)
+            reclaim_batch(pool)
         if not load32(&pool.pressed):
             futex_wait(&pool.header.reclaim_sequence, sequence, 500_000_000)
         elif reclaim_batch(pool) == 0:
@@ -119,11 +126,17 @@ cdef inline void reclaim_loop(pool_t *pool) noexcept nogil:
 
 
 cdef inline void write_ahead_loop(pool_t *pool) noexcept nogil:
-    """A thread of its own, at work only while reclaim is: where everything fits, nothing is ever written."""
+    """A thread of its own, at work from reclaim's start until nothing is left to clean before the hand.
+
+    So the next reclaim finds clean pages; and where everything fits, nothing is ever written.
+    """
     cdef uint32_t sequence
+    cdef bint at_work = False
     while not load32(&pool.stop):
         sequence = load32(&pool.header.reclaim_sequence)
-        if not load32(&pool.pressed):
+        at_work = at_work or load32(&pool.pressed)
+        if not at_work:
             futex_wait(&pool.header.reclaim_sequence, sequence, 500_000_000)
         elif write_ahead_batch(pool) == 0:
+            at_work = False
             futex_wait(&pool.header.reclaim_sequence, sequence, 10_000_000)

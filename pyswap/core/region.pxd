@@ -10,7 +10,8 @@ life_hold() lets a thread use the record's address or descriptor: life_end() wai
 gone.  Users hold across ioctls only, never across I/O or a wait, so that wait is short.
 
 A region of a private object that was shared has a map: a page id for each index, with COPYING while its worker's
-attendant is about to map it there.  Its gate says who may decide what a write does to a page:
+attendant is about to map it there.  Where a sparse object has no page for the region the entry is a HOLE: COPYING
+too, so that whoever leaves copies alone leaves it alone.  Its gate says who may decide what a write does to a page:
 
     bits 0-30   threads that are deciding
     bit  31     SHUT: a fork is copying the map
@@ -48,11 +49,15 @@ cdef extern from *:
     #define LIFE_USERS (LIFE_ALIVE - 1)
     #define GATE_SHUT ((uint32_t)1 << 31)
     #define MAP_COPYING ((uint64_t)1 << 63)
+    #define MAP_HOLE ((uint64_t)3 << 62)
+    #define MAP_PAGE (((uint64_t)1 << 62) - 1)
     """
     const uint64_t ALIVE "LIFE_ALIVE"
     const uint64_t USERS_MASK "LIFE_USERS"
     const uint32_t GATE_SHUT
     const uint64_t COPYING "MAP_COPYING"
+    const uint64_t HOLE "MAP_HOLE"
+    const uint64_t PAGE_MASK "MAP_PAGE"
 
 
 cdef inline uint32_t life_generation(const uint64_t *word) noexcept nogil:
@@ -97,6 +102,12 @@ cdef inline void life_end(uint64_t *word) noexcept nogil:
             break
     while load64(word) & USERS_MASK:
         cpu_relax()
+
+
+cdef inline void life_recover(uint64_t *word, bint lives) noexcept nogil:
+    """After a swapper's death: its users are gone with it, and what was not wholly begun has not begun."""
+    cdef uint64_t value = load64(word) & ~USERS_MASK
+    store64(word, value if lives else value & ~ALIVE)
 
 
 # One worker's regions, sorted by address.
@@ -221,7 +232,7 @@ cdef inline void regions_of(pool_t *pool, object_id o, worker_id worker, clones_
 # The map of a private region.
 
 cdef inline uint64_t region_page(pool_t *pool, region_id r, int64_t index) noexcept nogil:
-    """The page id at an index, with COPYING; the region is held, or known not to be private."""
+    """The page id at an index, with COPYING or HOLE; the region is held, or known not to be private."""
     cdef uint64_t *map = pool.maps[r]
     if map == NULL:
         return pool.regions[r].base + <uint64_t>index
@@ -246,16 +257,22 @@ cdef inline uint32_t region_run(
     cdef uint32_t n = 1
     if not life_hold(&pool.regions[r].word, generation):
         return 0
-    page[0] = region_page(pool, r, index) & ~COPYING
-    while n < most and (region_page(pool, r, index + n) & ~COPYING) == page[0] + n:
+    page[0] = region_page(pool, r, index) & PAGE_MASK
+    while n < most and (region_page(pool, r, index + n) & PAGE_MASK) == page[0] + n:
         n += 1
     life_drop(&pool.regions[r].word)
     return n
 
 
+cdef inline bint is_hole(uint64_t entry) noexcept nogil:
+    return (entry & HOLE) == HOLE
+
+
 cdef inline int break_at(uint64_t *map, int64_t index, int64_t pages) noexcept nogil:
-    """Whether another mapping begins at an index."""
-    return 0 < index < pages and (map[index] & ~COPYING) != (map[index - 1] & ~COPYING) + 1
+    """Whether another mapping begins at an index; a hole has the mapping of the page id that it names."""
+    if not 0 < index < pages:
+        return False
+    return (map[index] & PAGE_MASK) != (map[index - 1] & PAGE_MASK) + 1
 
 
 # The gate.

@@ -3,11 +3,13 @@
 A fault that meets a locked victim leaves word, and is woken when the frame is given up.  A refill between punch and
 entry cannot be: the entry names the frame, which is locked, until the punch is done.
 """
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 
+from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_wake_waiters, page_unlock
 from pyswap.core.frame cimport (
+    COLD,
     DIRTY,
     frame_has,
     frame_set_evicting,
@@ -38,13 +40,15 @@ from pyswap.core.lock cimport (
     mutex_unlock,
     panic,
 )
-from pyswap.core.pagetable cimport pte_change, pte_make_frame, pte_make_slot, pte_read
+from pyswap.core.pagetable cimport pte_change, pte_make_evicted, pte_make_frame, pte_read
+from pyswap.core.policy cimport eviction_time
 from pyswap.core.store cimport store_punch
 
 cdef struct victim_t:
     page_id page                # first: victims are sorted by it
     frame_id frame
     slot_id slot                # reserved for the write
+    uint64_t checksum           # of what is written
     bint kept                   # no longer a victim: unlocked, or left for another time
 
 
@@ -65,9 +69,9 @@ cdef inline uint32_t victims_compact(victim_t *victims, uint32_t n) noexcept nog
 cdef inline bint cold_put(pool_t *pool, frame_id f) noexcept nogil:
     cdef bint room
     mutex_lock(&pool.cold_lock)
-    room = pool.cold_tail - pool.cold_head < pool.header.frame_count
+    room = pool.cold_tail - pool.cold_head < pool.header.frame_room
     if room:
-        pool.cold[pool.cold_tail % pool.header.frame_count] = f
+        pool.cold[pool.cold_tail % pool.header.frame_room] = f
         pool.cold_tail += 1
     mutex_unlock(&pool.cold_lock)
     return room
@@ -77,7 +81,7 @@ cdef inline frame_id cold_take(pool_t *pool) noexcept nogil:
     cdef frame_id f = <frame_id>FRAME_NONE
     mutex_lock(&pool.cold_lock)
     if pool.cold_tail != pool.cold_head:
-        f = pool.cold[pool.cold_head % pool.header.frame_count]
+        f = pool.cold[pool.cold_head % pool.header.frame_room]
         pool.cold_head += 1
     mutex_unlock(&pool.cold_lock)
     return f
@@ -114,6 +118,7 @@ cdef inline void victims_punch(pool_t *pool, victim_t *victims, uint32_t n) noex
 cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """Take locked, clean, unpinned pages out of memory, in the order that R5 asks for."""
     cdef uint32_t i
+    cdef uint64_t now = eviction_time(pool), time
     cdef frame_t *frame
     cdef waiters_t waiters
     if n == 0:
@@ -124,7 +129,9 @@ cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexc
     failpoint_visit(pool.header, FP_EVICT_PUNCHED)
     for i in range(n):
         frame = &pool.frames[victims[i].frame]
-        if not pte_change(pool, frame.page, pte_make_frame(victims[i].frame), pte_make_slot(frame.slot)):
+        # An eviction that was asked for says nothing about the page's worth.
+        time = 0 if frame_has(frame, COLD) else now
+        if not pte_change(pool, frame.page, pte_make_frame(victims[i].frame), pte_make_evicted(frame.slot, time)):
             panic("victims_drop: the entry named another frame", victims[i].frame, frame.page, 0)
     failpoint_visit(pool.header, FP_EVICT_ENTRY)
     for i in range(n):
@@ -133,11 +140,16 @@ cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexc
     frames_announce(pool)
 
 
+cdef inline bint is_kept_elsewhere(pool_t *pool, frame_t *frame) noexcept nogil:
+    """Whether a clean page's bytes are in a slot or a file, so that it was not zeros that were dropped."""
+    return frame.slot != SLOT_NONE or has_file(pool, frame.object)
+
+
 cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexcept nogil:
     """Evict locked, clean, unpinned pages; victims are sorted by page."""
     cdef uint32_t i, zero = 0
     for i in range(n):
-        zero += pool.frames[victims[i].frame].slot == SLOT_NONE
+        zero += not is_kept_elsewhere(pool, &pool.frames[victims[i].frame])
     count(pool, C_ZERO_DROPS, zero)
     count(pool, C_EVICTIONS, n)
     victims_free(pool, victims, n)
@@ -145,15 +157,15 @@ cdef inline void victims_drop(pool_t *pool, victim_t *victims, uint32_t n) noexc
 
 cdef inline uint32_t victims_drop_clean(pool_t *pool, victim_t *victims, uint32_t *n) noexcept nogil:
     """Evict the victims that need no write; leaves the dirty ones, in order."""
-    cdef victim_t clean[256]
-    cdef uint32_t i, dropped = 0, in_slots = 0
+    cdef victim_t clean[1024]
+    cdef uint32_t i, dropped = 0, elsewhere = 0
     for i in range(n[0]):
         if not frame_has(&pool.frames[victims[i].frame], DIRTY):
-            in_slots += pool.frames[victims[i].frame].slot != SLOT_NONE
+            elsewhere += is_kept_elsewhere(pool, &pool.frames[victims[i].frame])
             clean[dropped] = victims[i]
             dropped += 1
             victims[i].kept = True
-    count(pool, C_CLEAN_DROPS, in_slots)
+    count(pool, C_CLEAN_DROPS, elsewhere)
     n[0] = victims_compact(victims, n[0])
     victims_drop(pool, clean, dropped)
     return dropped

@@ -93,8 +93,9 @@ class PagedArray(_Array):
 
     It is used as any ndarray is. Views of it are `PagedArray` too; whatever lives in memory of
     its own (results of ufuncs and reductions, ``copy``, ``astype``, fancy indexing) is a plain
-    ndarray or a scalar, and ``np.asarray(a)`` is a plain view without a copy. It pickles and
-    deep-copies by value, as a plain ndarray.
+    ndarray or a scalar, and ``np.asarray(a)`` is a plain view without a copy. A pickle of it is a
+    reference: what loads it, in any process of this user, is the same memory. (A private array, and
+    ``np.asarray(a)``, pickle by value.) It deep-copies by value, as a plain ndarray.
 
     Raises
     ------
@@ -157,10 +158,18 @@ class PagedArray(_Array):
         return found
 
     def __reduce__(self) -> Any:
-        return _view(self, np.ndarray).__reduce__()
+        return self.__reduce_ex__(2)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return _view(self, np.ndarray).__reduce_ex__(protocol)
+        from .reference import reduce_array
+
+        by_value = _view(self, np.ndarray)
+        return reduce_array(self) or by_value.__reduce_ex__(protocol)
+
+    @property
+    def name(self) -> str | None:
+        """The name it was made with, as in ``pyswap.attach("pool/name")``; None without one."""
+        return _pool_of(self).name_of(self)
 
     def snapshot(self) -> PagedArray:
         """Return a clone of a private array, or of a view of one, as it is now.
