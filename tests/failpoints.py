@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-WAIT_S = 60.0
+WAIT_S = float(os.environ.get("PYSWAP_WAIT_S", "60"))
 """How long anything here may take before the test has failed, in seconds."""
 POLL_S = 0.0005
 
@@ -111,7 +111,8 @@ class Failpoint:
 
         self._pool = pool
         self._name = name
-        self._arguments = {"action": action, "value": error, "skip": skip, "limit": limit}
+        self._arguments = (native.FAILPOINT_ACTIONS.index(action), error, skip, limit)
+        self._native = native
         self._number = native.FAILPOINT_NAMES.index(name)
         self._hits_before = 0
 
@@ -130,17 +131,18 @@ class Failpoint:
     @property
     def parked(self) -> int:
         """Threads parked here now."""
-        return int(self._pool._control().failpoint(self._number)[0])
+        return int(self._native.failpoint_state(self._pool._control(), self._number)[0])
 
     @property
     def hits(self) -> int:
         """Visits acted on since it was armed."""
-        return int(self._pool._control().failpoint(self._number)[1]) - self._hits_before
+        acted_on = self._native.failpoint_state(self._pool._control(), self._number)[1]
+        return int(acted_on) - self._hits_before
 
     def arm(self) -> None:
         """Act on the next visits, as many as the limit says."""
         self._hits_before += self.hits
-        self._pool._call("failpoint", name=self._name, **self._arguments)
+        self._native.failpoint_arm(self._pool._control(), self._number, *self._arguments)
 
     def wait_parked(self, count: int = 1) -> None:
         """Return once so many threads are parked here."""
@@ -148,8 +150,26 @@ class Failpoint:
 
     def release(self) -> None:
         """Disarm it, and let every parked thread go on."""
-        self._pool._call("failpoint", name=self._name, action="off", value=0, skip=0, limit=0)
+        self._native.failpoint_release(self._pool._control(), self._number)
         until(lambda: self.parked == 0, f"nobody parked at {self._name}")
+
+
+@contextlib.contextmanager
+def points_met(pool: Any) -> Iterator[list[str]]:
+    """Fill a list with the failpoints met inside the block: all are armed to do nothing."""
+    from pyswap._native import native
+
+    control, numbers = pool._control(), range(len(native.FAILPOINT_NAMES))
+    errno = native.FAILPOINT_ACTIONS.index("errno")
+    earlier = [native.failpoint_state(control, n)[1] for n in numbers]
+    for n in numbers:
+        native.failpoint_arm(control, n, errno, 0, 0, 1 << 30)
+    met: list[str] = []
+    yield met
+    for n in numbers:
+        native.failpoint_release(control, n)
+    hits = [native.failpoint_state(control, n)[1] for n in numbers]
+    met += [native.FAILPOINT_NAMES[n] for n in numbers if hits[n] > earlier[n]]
 
 
 class Actor:

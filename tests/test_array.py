@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyswap import array
-from pyswap.array import PagedArray
+from pyswap import paged as array
+from pyswap.paged import PagedArray
 
 NUMPY_1 = np.__version__.startswith("1.")
 
@@ -1306,5 +1306,6 @@ def test_do_results_of_an_array_larger_than_memory_agree_in_a_real_pool(pool: An
     halves[1][...] = 5
     assert (np.asarray(a)[128:] == 5).all()
     loaded = pickle.loads(pickle.dumps(a[:4], 5))
-    assert type(loaded) is np.ndarray
+    assert type(loaded) is PagedArray
+    assert np.shares_memory(loaded, a[:4])
     np.testing.assert_array_equal(loaded, expected[:4] + 1)

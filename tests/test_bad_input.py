@@ -92,6 +92,24 @@ def test_is_memory_of_no_pool_or_of_another_refused(pool: Any) -> None:
         assert foreign.sum() == 0
 
 
+def test_is_what_is_of_another_kind_refused(pool: Any) -> None:
+    area = pool.swaps()
+    for use in (
+        lambda: pool.pin(5).__enter__(),
+        lambda: pool.swapoff("/tmp"),
+        lambda: pool.load(5),
+        lambda: pool.release([1]),
+        lambda: pyswap.attach(None),  # type: ignore[arg-type]
+        lambda: pyswap.numpy_memory("a pool"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError):
+            use()
+    with pytest.raises(pyswap.GoneError, match="no array ''"):
+        pyswap.attach(f"{pool.name}/")
+    assert pool.swaps() == area
+    assert pool.stats().committed_bytes == 0
+
+
 def test_is_bad_advice_refused(pool: Any) -> None:
     with pytest.raises(ValueError, match="sometimes"):
         pool.advise(pool.zeros(10), "sometimes")

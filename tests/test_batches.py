@@ -90,7 +90,7 @@ def test_do_the_library_and_the_kernel_count_the_same_writes(pool: Any) -> None:
     grown = growth()
     assert grown["slot_writes"] == grown["evictions"] == 1000
     # Pages that a fault had still locked go out after the others.
-    assert 4 <= grown["write_calls"] <= 16
+    assert 1 <= grown["write_calls"] <= 16
     # And one that tells the swapper's main thread that the work is done.
     assert grown["syscw"] == grown["write_calls"] + 1
     assert grown["wchar"] == 1000 * 4096 + 1

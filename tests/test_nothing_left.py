@@ -7,7 +7,6 @@ so that it can find and kill a whole tree, and see that none of it is there afte
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import random
@@ -15,7 +14,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import numpy as np
 import posix_ipc
 import psutil
 import pytest
-from conftest import snapshot
-from workers import Worker, is_running, until, workers
+from conftest import leftovers, snapshot
+from workers import Worker, adopt_orphans, is_running, until, workers
 
 import pyswap
 from pyswap import worker as worker_module
@@ -39,20 +38,16 @@ ARRAY_PAGES = 512
 """Pages of the tree's array: twice its budget."""
 
 
-def names() -> set[str]:
-    """Names of this user's segments."""
-    found = set()
-    for path in SHM.glob("pyswap.*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_uid == os.geteuid():
-                found.add(path.name)
-    return found
+def names(creators: Iterable[int]) -> set[str]:
+    """Names of segments that these processes have made."""
+    return {path.name for pid in creators for path in SHM.glob(f"pyswap.*.{pid}.*.*")}
 
 
-def sockets() -> set[str]:
-    """Abstract sockets of any pool."""
+def sockets(creators: Iterable[int]) -> set[str]:
+    """Abstract sockets of pools that these processes have made, held by anybody or on their way."""
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
-    return {line for line in lines if "@" in line and "pyswap" in line}
+    found = (line for line in lines if "@" in line)
+    return {line for line in found if any(f"pyswap-{pid}-" in line for pid in creators)}
 
 
 @contextmanager
@@ -62,7 +57,7 @@ def nothing_more(swap: Path) -> Iterator[None]:
     before = snapshot()
     yield
     gc.collect()
-    until(lambda: not snapshot() - before, "nothing is left", seconds=20.0)
+    assert not leftovers(before, settle_s=20.0)
     assert not list(swap.iterdir())
 
 
@@ -75,7 +70,8 @@ def test_is_nothing_left_after_close_and_the_last_array(tmp_path: Path) -> None:
             pool = pyswap.Pool("1 MiB", "8 MiB", swap_path=tmp_path, page_size=4096)
             swapper = pool.swapper_pid
             # While it lives neither has a name already.
-            assert not names()
+            assert not names([os.getpid()])
+            assert sockets([os.getpid()]), "one that is left would be missed"
             assert not list(tmp_path.iterdir())
             a = pool.ones((ARRAY_PAGES, 512))
             with workers(a, 1) as (child,):
@@ -201,7 +197,6 @@ def test_is_nothing_left_after_an_exception(tmp_path: Path, step: str) -> None:
 
 
 def test_does_the_next_pool_clean_up_a_name_that_a_kill_left(tmp_path: Path) -> None:
-    before = names()
     pid = os.fork()
     if pid == 0:
         try:
@@ -210,11 +205,9 @@ def test_does_the_next_pool_clean_up_a_name_that_a_kill_left(tmp_path: Path) -> 
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    left = names() - before
-    assert len(left) == 1
-    assert f".{pid}." in next(iter(left))
+    assert len(names([pid])) == 1
     with pyswap.Pool("1 MiB", "8 MiB", swap_path=tmp_path, page_size=4096) as pool:
-        assert not names() & left
+        assert not names([pid])
         assert pool.ones(5).sum() == 5
 
 
@@ -278,10 +271,11 @@ def what(process: psutil.Process) -> str:
         return "gone"
 
 
-def start_tree(swap: str) -> int:
-    """Fork a tree's creator; returns the end of a pipe that tells the phases it comes to."""
+def start_tree(swap: str) -> tuple[int, int]:
+    """Fork a tree's creator; returns its pid, and a pipe's end that tells of its phases."""
     reading, writing = os.pipe()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         try:
             os.close(reading)
             os.setpgid(0, 0)
@@ -290,14 +284,14 @@ def start_tree(swap: str) -> int:
         finally:
             os._exit(1)
     os.close(writing)
-    return reading
+    return pid, reading
 
 
 def times_of_phases(swap: str) -> dict[str, float]:
     """How long each phase of an undisturbed life takes at least, in seconds."""
     least = dict.fromkeys(PHASES, 60.0)
     for _ in range(3):
-        pipe = start_tree(swap)
+        _, pipe = start_tree(swap)
         at = []
         while letter := os.read(pipe, 1):
             at.append((letter, time.monotonic()))
@@ -310,9 +304,9 @@ def times_of_phases(swap: str) -> dict[str, float]:
     return least
 
 
-def kill_at(swap: str, phase: str, delay_s: float) -> tuple[list[str], str]:
-    """Start a tree and kill it so long after it came to a phase; tells whom, and in which phase."""
-    pipe = start_tree(swap)
+def kill_at(swap: str, phase: str, delay_s: float) -> tuple[int, list[str], str]:
+    """Kill a tree so long after a phase began; tells whose it was, whom it killed, and when."""
+    creator, pipe = start_tree(swap)
     try:
         for _ in range(PHASES.index(phase) + 1):
             assert os.read(pipe, 1), "the creator has failed"
@@ -322,31 +316,30 @@ def kill_at(swap: str, phase: str, delay_s: float) -> tuple[list[str], str]:
         passed = len(os.read(pipe, len(LETTERS)))
     finally:
         os.close(pipe)
-    return killed, [*PHASES, "end"][PHASES.index(phase) + passed]
+    return creator, killed, [*PHASES, "end"][PHASES.index(phase) + passed]
 
 
+@adopt_orphans()
 def reap(seed: int, swap: str) -> dict[str, int]:
     """Kill trees at random instants of every phase; returns how many died how."""
-    become_reaper = 36  # PR_SET_CHILD_SUBREAPER
-    assert ctypes.CDLL(None).prctl(become_reaper, 1, 0, 0, 0) == 0
     rng = random.Random(seed)
     times = times_of_phases(swap)
     counts = dict.fromkeys(["swapper", "worker", "gone", "names", *PHASES, "end"], 0)
     # Those that came too late for the phase they were meant for are tried again.
     while sum(counts[phase] for phase in PHASES) < INSTANTS and counts["end"] < INSTANTS:
         aim = min(PHASES, key=lambda phase: counts[phase])
-        killed, phase = kill_at(swap, aim, rng.uniform(0, times[aim]))
+        creator, killed, phase = kill_at(swap, aim, rng.uniform(0, times[aim]))
         counts[phase] += 1
         for kind in killed:
             counts[kind] += 1
         assert not descendants()
         assert not os.listdir(swap), "a swap file has a name"
-        assert not sockets()
-        left = names()
+        assert not sockets([creator])
+        left = names([creator])
         if left:
             counts["names"] += len(left)
             pyswap.Pool("1 MiB", 0).close()
-            assert not names() & left, "a name survived the next Pool()"
+            assert not names([creator]), "a name survived the next Pool()"
             kill_tree()
     return counts
 

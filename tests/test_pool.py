@@ -26,7 +26,7 @@ import pytest
 
 import pyswap
 from pyswap import config
-from pyswap.array import PagedArray
+from pyswap.paged import PagedArray
 from pyswap.stats import Stats
 
 pytestmark = pytest.mark.core

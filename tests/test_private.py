@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from physical import frames_of
 from workers import Worker, until, workers
 
 import pyswap
@@ -56,15 +57,12 @@ def balance(pool: pyswap.Pool) -> tuple[int, int, int]:
     return now.committed_bytes, now.swap_used_bytes, now.workers
 
 
-def frames_of(a: Any) -> list[int]:
-    """The physical frame of each page, as the kernel tells it; each is touched first."""
-    assert a.sum() != 1 << 62
-    address = a.__array_interface__["data"][0]
-    with open("/proc/self/pagemap", "rb") as table:
-        table.seek(address // 4096 * 8)
-        entries = struct.unpack(f"{a.nbytes // 4096}Q", table.read(a.nbytes // 4096 * 8))
-    assert all(entry >> 63 for entry in entries)
-    return [entry & ((1 << 55) - 1) for entry in entries]
+@pytest.fixture
+def tight() -> Iterator[pyswap.Pool]:
+    """A pool whose 256 frames are fewer than the pages of the arrays in it."""
+    with pyswap.Pool("1 MiB", "64 MiB", page_size=4096) as made_small:
+        yield made_small
+        made_small.check()
 
 
 def test_has_everybody_an_array_of_its_own(pool: pyswap.Pool) -> None:
@@ -111,6 +109,26 @@ def test_is_only_the_written_page_copied(pool: pyswap.Pool) -> None:
         assert first_words(a)[7] == 8
 
 
+def test_is_the_copy_the_writers(pool: pyswap.Pool, require: Callable[[str], None]) -> None:
+    require("root")
+    a = made(pool)
+    with workers(a, 2) as (child, sibling):
+        before = frames_of(a)
+        assert child.ask(frames_of) == sibling.ask(frames_of) == before
+        for page in (0, 7, 30):
+            child.ask(set_page, page, 9)
+        # Who did not write keeps the memory; who did has other memory for what it wrote.
+        assert frames_of(a) == sibling.ask(frames_of) == before
+        assert differing(child.ask(frames_of), before) == [0, 7, 30]
+        set_page(a, 12, -1)
+        assert differing(frames_of(a), before) == [12]
+        assert sibling.ask(frames_of) == before
+
+
+def differing(some: list[int], others: list[int]) -> list[int]:
+    return [i for i in range(len(others)) if some[i] != others[i]]
+
+
 def test_does_the_last_sharer_write_in_place(pool: pyswap.Pool) -> None:
     a = made(pool)
     with workers(a, 1) as (child,):
@@ -145,7 +163,7 @@ def test_are_pages_that_came_back_from_swap_still_shared(
         for worker in crew:
             worker.ask(read)
         mine, theirs = frames_of(a), crew[0].ask(frames_of)
-        assert [i for i in range(PAGES) if mine[i] != theirs[i]] == [4]
+        assert differing(mine, theirs) == [4]
         assert crew[1].ask(frames_of) == mine
         assert [worker.ask(first_words) for worker in crew[1:]] == [words, words]
 
@@ -187,6 +205,11 @@ def test_does_a_childs_end_give_everything_back(pool: pyswap.Pool, killed: bool)
         evict(pool, a)
         until(lambda: balance(pool) == before, f"{before} again, not {balance(pool)}")
         assert first_words(a) == list(range(1, 3 * 128 + 1))
+        # Nobody has a reference any more: what is written now is not copied.
+        copies = pool.stats().cow_copies
+        a[::WORDS] += 0
+        assert pool.stats().cow_copies == copies
+        evict(pool, a)
     pool.check()
 
 
@@ -232,31 +255,32 @@ def write_all_pages(a: Any, pages: int) -> None:
 # Snapshots.
 
 
-def test_is_a_snapshot_made_without_a_copy(pool: pyswap.Pool) -> None:
-    pages = 3 * 128
+def test_is_a_snapshot_made_without_a_copy(tight: pyswap.Pool) -> None:
+    pool, pages = tight, 3 * 256
     a = made(pool, pages)
-    # What is dirty now is written out first, so that nothing but the call could change the store.
+    # Some pages are in memory and clean, most are in swap, and nothing is on its way in or out.
     evict(pool, a)
-    assert first_words(a)[0] == 1
-    before = pool.stats()
-    held = os.fstat(pool.fileno()).st_blocks
+    pool.advise(a, "random")
+    assert first_words(a[: 60 * WORDS]) == list(range(1, 61))
+    before, held = pool.stats(), os.fstat(pool.fileno()).st_blocks
     b = a.snapshot()
     after = pool.stats()
-    assert (after.cow_copies, after.minor_faults, after.major_faults) == (
-        before.cow_copies,
-        before.minor_faults,
-        before.major_faults,
-    )
-    assert os.fstat(pool.fileno()).st_blocks <= held
+    assert os.fstat(pool.fileno()).st_blocks == held == 60 * 8
+    for name in ("cow_copies", "major_faults", "slot_reads", "slot_writes", "swap_used_bytes"):
+        assert getattr(after, name) == getattr(before, name), name
     assert isinstance(b, pyswap.PagedArray)
     b[:: 2 * WORDS] = -1
     a[WORDS :: 2 * WORDS] = -2
+    assert pool.stats().cow_copies == pages
+    evictions = pool.stats().evictions
     for _ in range(2):
         numbers = np.arange(1, pages + 1)
         assert first_words(b) == np.where(numbers % 2 == 1, -1, numbers).tolist()
         assert first_words(a) == np.where(numbers % 2 == 0, -2, numbers).tolist()
         evict(pool, a)
         evict(pool, b)
+    # There and back, twice: each array is three times the memory.
+    assert pool.stats().evictions - evictions >= 3 * pages
 
 
 def test_has_a_snapshot_of_a_view_its_shape_and_flags(pool: pyswap.Pool) -> None:
@@ -330,29 +354,38 @@ def test_does_a_pin_stay_through_fork_and_copies(pool: pyswap.Pool, writable: bo
         assert pool.stats().pinned_pages == 0
 
 
-def test_are_private_arrays_made_by_every_constructor(pool: pyswap.Pool) -> None:
+def test_are_private_arrays_made_by_every_constructor(pool: pyswap.Pool, tmp_path: Path) -> None:
     source = np.arange(6.0).reshape(2, 3)
-    a = pool.array(source, private=True)
-    arrays = [
-        a,
-        pool.empty((2, 3), private=True),
-        pool.zeros((2, 3), private=True),
-        pool.ones((2, 3), private=True),
-        pool.full((2, 3), 7, private=True),
-        pool.asarray(source, private=True),
-        pool.empty_like(source, private=True),
-        pool.zeros_like(source, private=True),
-        pool.ones_like(source, private=True),
-        pool.full_like(source, 7, private=True),
-    ]
-    assert pool.asarray(a, private=True) is a
-    assert pool.asarray(a) is not a
-    for each in arrays:
+    np.save(tmp_path / "saved.npy", source)
+    calls: dict[str, tuple[Any, ...]] = {
+        "array": (source,),
+        "asarray": (source,),
+        "empty": ((2, 3),),
+        "empty_like": (source,),
+        "fromfile": (tmp_path / "saved.npy",),
+        "full": ((2, 3), 7),
+        "full_like": (source, 7),
+        "load": (tmp_path / "saved.npy",),
+        "ones": ((2, 3),),
+        "ones_like": (source,),
+        "zeros": ((2, 3),),
+        "zeros_like": (source,),
+    }
+    assert set(calls) == {
+        name
+        for name, made_by in inspect.getmembers(pyswap.Pool, callable)
+        if name[0] != "_" and "private" in inspect.signature(made_by).parameters
+    }
+    for name, arguments in calls.items():
+        each = getattr(pool, name)(*arguments, private=True)
         before = np.array(each)
         with workers(each, 1) as (child,):
             each[:] = -1
-            assert child.ask(np.array).tolist() == before.tolist()
+            assert child.ask(np.array).tobytes() == before.tobytes(), name
             assert isinstance(each.snapshot(), pyswap.PagedArray)
+    a = pool.array(source, private=True)
+    assert pool.asarray(a, private=True) is a
+    assert pool.asarray(a) is not a
 
 
 def test_is_a_private_array_not_released_for_others(pool: pyswap.Pool) -> None:
@@ -369,14 +402,6 @@ def test_is_a_private_file_read_in_pieces(pool: pyswap.Pool, tmp_path: Path) -> 
         a[:] = 0
         assert child.ask(read) == values.tobytes()
     assert (tmp_path / "again").read_bytes() == values.tobytes()
-
-
-@pytest.fixture
-def tight() -> Iterator[pyswap.Pool]:
-    """A pool whose 256 frames are fewer than the pages of the arrays in it."""
-    with pyswap.Pool("1 MiB", "64 MiB", page_size=4096) as made_small:
-        yield made_small
-        made_small.check()
 
 
 def test_stays_everything_right_under_random_work(tight: pyswap.Pool, seed: int) -> None:

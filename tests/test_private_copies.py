@@ -257,6 +257,8 @@ def test_stays_a_process_under_the_limit_of_mappings(require: Callable[[str], No
             mappings = child.ask(set_every_second_page)
             print(f"{mappings} mappings of {limit}, {pool.stats().cow_copies} copies")
             assert limit // 2 < mappings < limit
+            # It went on by copying what lies between, too.
+            assert pool.stats().cow_copies > pages // 2
             expected = np.arange(pages)
             assert (a[::WORDS] == expected).all()
             assert child.ask(is_every_second_page_set)
@@ -281,9 +283,9 @@ def test_does_a_worker_that_dies_while_it_writes_leave_nothing(
     a = made(tight)
     for _ in range(10):
         with workers(a, 3) as crew:
+            copies = tight.stats().cow_copies
             for worker in crew:
                 worker.send(set_pages, 0, PAGES, -9)
-            copies = tight.stats().cow_copies
             goal = copies + int(rng.integers(1, 600))
             until(lambda goal=goal: tight.stats().cow_copies > goal, "copies are made")  # type: ignore[misc]
             for worker in crew:
@@ -312,3 +314,33 @@ def test_is_an_array_of_a_stopped_child_no_burden(tight: pyswap.Pool) -> None:
     finally:
         child.finish()
     assert os.getpid() != child.pid
+
+
+@pytest.mark.timeout(900)
+def test_is_no_byte_torn_or_lost_in_a_hundred_thousand_remaps(seed: int) -> None:
+    pages, remaps = 4096, 100_000
+    columns = range(4)
+    with pyswap.Pool("24 MiB", "256 MiB", page_size=4096) as pool:
+        a = pool.zeros(pages * WORDS, np.int64, private=True)
+        # Each thread writes every page, in its own order, while neighbours are copied.
+        rounds = 0
+        while pool.stats().cow_remaps < remaps:
+            held = a.snapshot()
+            in_threads(
+                [
+                    lambda c=c, n=rounds: add_one_everywhere(a, c, seed + 7 * n + c)  # type: ignore[misc]
+                    for c in columns
+                ]
+            )
+            for column in columns:
+                assert set(column_of(held, column)) == {rounds}
+            del held
+            rounds += 1
+        for column in columns:
+            assert set(column_of(a, column)) == {rounds}
+        # Nothing else was written to any page.
+        assert a.sum() == rounds * pages * len(columns)
+        now = pool.stats()
+        print(f"{now.cow_remaps} remaps of {now.cow_copies} copies, {now.evictions} evictions")
+        assert now.evictions > pages
+        pool.check()

@@ -10,6 +10,7 @@ import pytest
 from failpoints import Actor, Failpoint, actors, until
 
 import pyswap
+from pyswap import config
 
 pytestmark = pytest.mark.core
 
@@ -138,6 +139,25 @@ def test_do_pages_arrive_while_their_reader_does_nothing(
 
 
 @pytest.mark.failpoint
+def test_does_readahead_that_was_asked_for_bring_back_what_is_paged_out(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    """Requests that wait behind others at a pageout are void."""
+    pool, a = swapped_out(FRAMES)
+    b = pool.ones((64, 512), np.int64)
+    pool.advise(b, "pageout")
+    with Failpoint(pool, "fill_locked", "park", limit=config.READAHEAD_THREADS) as point:
+        for first in range(config.READAHEAD_THREADS):
+            pool.advise(b[8 * first], "willneed")
+        point.wait_parked(config.READAHEAD_THREADS)
+        pool.advise(a[:512], "willneed")
+        pool.advise(a, "pageout")
+        pool.advise(b[40], "willneed")
+    until(lambda: pool.residency(b[40]).all(), "what was asked for after it has come")
+    assert not pool.residency(a).any()
+
+
+@pytest.mark.failpoint
 def test_do_pages_arrive_while_their_reader_is_parked_in_its_fault(
     swapped_out: Callable[[int], tuple[Any, Any]],
 ) -> None:
@@ -156,3 +176,18 @@ def test_do_pages_arrive_while_their_reader_is_parked_in_its_fault(
         point.release()
         assert reader.answer() == list(range(1, 65))
     assert pool.stats().readahead_hits > 0
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_are_first_touches_of_a_stream_served_by_the_dozen(pool: Any, step: int) -> None:
+    """A large memmove goes down from the end where its addresses' low bits ask for it."""
+    a = pool.zeros((1024, pool.page_size // 8), np.int64)
+    before = pool.stats()
+    for i in range(1024)[::step]:
+        a[i, 5] = i + 1
+    now = pool.stats()
+    assert now.zero_fills - before.zero_fills < 1024 // 16
+    assert now.write_faults == before.write_faults
+    assert (a[:, 5] == np.arange(1, 1025)).all()
+    assert not a[:, :5].any()
+    assert not a[:, 6:].any()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutants import read_all
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyswap"
@@ -25,23 +26,32 @@ FUNCTION_LINES = 60
 
 # The floors, lowest first: a module imports from lower rows only, never from its own.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("0, words: structs and foreign calls", ("core.layout", "core.kernel", "core.order")),
+    (
+        "0, words: structs and foreign calls",
+        ("core.checksum", "core.kernel", "core.layout", "core.order"),
+    ),
     ("0, words: atomics", ("core.lock",)),
     ("0, words: one process's own", ("core.context",)),
+    ("1, how swap areas fare", ("core.area",)),
     (
         "1, tables: one record type each, ignorant of each other",
         (
             "core.frame",
             "core.pagetable",
-            "core.policy",
             "core.readahead",
             "core.region",
+            "core.starved",
             "core.swapmap",
         ),
     ),
-    ("1, what regions share", ("core.family",)),
+    (
+        "1, what regions share, and what is worth keeping",
+        ("core.family", "core.hold", "core.policy"),
+    ),
+    ("1, files behind arrays", ("core.backing",)),
     ("1, the engine: what is told to a worker", ("core.engine",)),
     ("1, the store: bytes of pages", ("core.store",)),
+    ("2, a worker's part in a takeover", ("core.election",)),
     ("2, steps that several paths share", ("core.page", "core.victim")),
     ("2, steps made of those", ("core.clean", "core.mapping")),
     ("2, ranges of pages", ("core.evict",)),
@@ -51,29 +61,60 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "core.ahead",
             "core.attendant",
+            "core.drain",
             "core.fault",
             "core.fork",
             "core.reclaim",
+            "core.resize",
+            "core.sparse",
             "core.takeover",
         ),
     ),
-    ("3, words of the Python side", ("config", "errors", "extents", "pages", "sizes", "stats")),
-    ("3, where Python meets the machinery", ("_fast", "_fast_debug")),
+    (
+        "3, words of the Python side",
+        (
+            "birth",
+            "config",
+            "disk",
+            "errors",
+            "extents",
+            "files",
+            "pages",
+            "sizes",
+            "stats",
+        ),
+    ),
+    (
+        "3, where Python meets the machinery",
+        ("_fast", "_fast_debug", "_fast_takeover", "_fast_worker"),
+    ),
+    ("3, NumPy's memory handler", ("_allocator",)),
     ("3, which build of it", ("_native",)),
-    ("3, one noun each", ("objects", "protocol", "settings")),
+    ("3, the C library's I/O", ("shim",)),
+    ("3, what outlives a swapper", ("vault",)),
+    ("3, one noun each", ("address", "areas", "objects", "protocol", "settings")),
+    ("3, what is asked of those", ("pins", "swapoff")),
     ("3, what is made of settings", ("segments",)),
-    ("4, memory as an array", ("array",)),
+    ("3, who finds a pool, and who comes in", ("listener", "registry")),
+    ("4, memory as an array", ("paged",)),
     ("4, processes: who runs what", ("swapper", "worker")),
+    ("4, who comes without a fork", ("joining",)),
     ("4, the pool", ("pool",)),
+    ("4, arrays by reference, and where nobody names a pool", ("default", "reference")),
     ("5, what people touch", ("__init__", "allocator", "shared_memory")),
+    ("5, what a command does", ("doctor", "pools")),
+    ("5, what it shows", ("tables",)),
+    ("5, programs under a budget", ("run",)),
+    ("5, what they start with", ("hook.sitecustomize",)),
     ("5, the command line", ("cli",)),
     ("5, the command", ("__main__",)),
 )
 
 LEVEL = {name: level for level, (_, names) in enumerate(FLOORS) for name in names}
 
-# The exceptions: an array asks its pool to pin it, by an import at the time of asking.
-UPWARD = {("array", "pool")}
+# The exceptions: an array asks its pool to pin it, and what refers to it, by an import at the time
+# of asking.
+UPWARD = {("paged", "pool"), ("paged", "reference")}
 
 # Whose word a record's word is: nobody else may do more than read it.
 WORD_HOMES = {"copy.pxd", "frame.pxd", "region.pxd", "swapmap.pxd"}
@@ -160,7 +201,7 @@ def cython_imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def package_files() -> list[Path]:
-    found = sources("*.py", "*.pyx", "*.pxd")
+    found = sources("*.py", "*.pyx", "*.pxi", "*.pxd")
     return [p for p in found if PACKAGE in p.parents and p.name != "__init__.pxd"]
 
 
@@ -193,7 +234,7 @@ def test_does_the_swapper_start_without_numpy() -> None:
 
 
 def machinery() -> list[Path]:
-    return sorted([*CORE.glob("*.pxd"), *PACKAGE.glob("*.pyx")])
+    return sorted([*CORE.glob("*.pxd"), *PACKAGE.glob("*.pyx"), *PACKAGE.glob("*.pxi")])
 
 
 def test_are_atomics_spelled_in_one_file() -> None:
@@ -286,9 +327,9 @@ def generated_c(tmp_path_factory: pytest.TempPathFactory) -> str:
 def nogil_functions(text: str) -> dict[str, str]:
     """The bodies, by C name, of the functions that run without the GIL.
 
-    Those are all of core/ and those that `_fast.pyx` declares nogil.
+    Those are all of core/ and those that `_fast.pyx` and its parts declare nogil.
     """
-    pyx = (PACKAGE / "_fast.pyx").read_text()
+    pyx = "\n".join(path.read_text() for path in PACKAGE.glob("_fast*.px[yi]"))
     own = re.findall(r"^\s*cdef .*?(\w+)\(.*\bnogil:", pyx, re.MULTILINE)
     prefixes = [r"pyswap_4core_\w+", *(rf"pyswap_5_fast_{name}" for name in own)]
     head = rf"^static [^\n;]*?(__pyx_f_6(?:{'|'.join(prefixes)}))\([^\n;]*\) \{{\n(.*?)^\}}"
@@ -356,7 +397,7 @@ def cython_functions(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def test_does_a_function_fit_a_screen() -> None:
     broken = []
-    for path in sources("*.py", "*.pyx", "*.pxd"):
+    for path in sources("*.py", "*.pyx", "*.pxi", "*.pxd"):
         found = python_functions(path) if path.suffix == ".py" else cython_functions(path)
         broken += [
             f"{shown(path, line)}: {name} has {length} lines"
@@ -372,13 +413,24 @@ def test_is_a_core_file_read_in_one_sitting() -> None:
     assert not broken, f"over {CORE_FILE_LINES} lines: {broken}"
 
 
+# Mutants.
+
+
+def test_does_every_mutant_apply_and_name_a_test() -> None:
+    for mutant in read_all():
+        mutant.changed(ROOT)
+        for test in mutant.tests:
+            file, name = test.split("::")
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{mutant.name}: {test}"
+
+
 # Leftovers.
 
 
 def test_is_nothing_left_to_do() -> None:
     # Spelled apart, so that this file may be searched too.
     words = "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"))
-    texts = sources("*.py", "*.pyx", "*.pxd", "*.pyi", "*.md", "*.toml", "Makefile")
+    texts = sources("*.py", "*.pyx", "*.pxi", "*.pxd", "*.pyi", "*.md", "*.toml", "Makefile")
     broken = [
         f"{place}: {match[0]}"
         for path in texts
@@ -424,7 +476,8 @@ def test_is_nothing_built_kept_in_the_repository() -> None:
     if not tracked_files():
         pytest.skip("this is no git checkout")
     built = (".so", ".c", ".o", ".pyc", ".whl")
-    assert not [name for name in tracked_files() if name.endswith(built)]
+    written = {"pyswap/_shim.c"}
+    assert not [name for name in tracked_files() if name.endswith(built) and name not in written]
 
 
 # Linters.
@@ -457,6 +510,17 @@ def test_do_the_types_hold() -> None:
 
 
 def test_has_cython_lint_nothing_to_say() -> None:
-    files = [str(path) for path in sources("*.pyx", "*.pxd")]
+    files = [str(path) for path in sources("*.pyx", "*.pxi", "*.pxd")]
     # Its limit is in pyproject.toml: types and nogil clauses make longer lines than Python's.
     run_linter("cython-lint", f"--max-line-length={CYTHON_LINE_LENGTH}", *files)
+
+
+def test_is_there_a_test_for_each_promise() -> None:
+    text = (ROOT / "README.md").read_text()
+    promises = text.split("## What pyswap promises when things fail")[1].split("\nNot promised")[0]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for promise in promises.split("\n- ")[1:]:
+        named = re.findall(r"`(test_\w+)`", promise)
+        assert named, f"no test is named: {promise}"
+        missing = [name for name in named if f"def {name}(" not in tests]
+        assert not missing, missing

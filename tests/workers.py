@@ -2,11 +2,13 @@
 
 A `Worker` inherits one object by fork and runs functions on it: ``w.ask(f, *args)`` is
 ``f(inherited, *args)`` in the worker. The functions are of a module, since they travel by name.
+``w.fork()`` is a worker that inherits from that worker, as things are there by then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -18,15 +20,22 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Worker", "is_running", "process_state", "until", "workers"]
+__all__ = ["Worker", "adopt_orphans", "is_running", "process_state", "until", "workers"]
 
-PATIENCE_S = 60.0
+PATIENCE_S = float(os.environ.get("PYSWAP_WAIT_S", "60"))
 """How long an answer or a condition may take before the test fails: an hour's load in a minute."""
 
-_connections: weakref.WeakSet[Any] = weakref.WeakSet()
+_PR_SET_CHILD_SUBREAPER = 36
+
+_connections: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""Each with its inode: by another thread it may be half closed, and its descriptor another's."""
+
+_line: Connection[Any, Any] | None = None
+"""In a worker: its end of the pipe to the test."""
 
 
 class Worker:
@@ -52,10 +61,28 @@ class Worker:
             finally:
                 os._exit(status)
         there.close()
+        self._watch(here)
+
+    def _watch(self, connection: Connection[Any, Any]) -> None:
         self._pidfd = os.pidfd_open(self.pid)
         self._status: int | None = None
-        self.connection = here
-        _connections.add(here)
+        self.connection = connection
+        _connections[connection] = os.fstat(connection.fileno()).st_ino
+
+    def fork(self) -> Worker:
+        """Have the worker fork another, which inherits what the worker has now.
+
+        It becomes this process's child, which therefore has to `adopt_orphans`.
+        """
+        here, there = multiprocessing.Pipe()
+        with there:
+            self.send(_fork)
+            send_handle(self.connection, there.fileno(), self.pid)
+        self.answer()
+        made = Worker.__new__(Worker)
+        made.pid = here.recv()
+        made._watch(here)
+        return made
 
     def send(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the worker run a function; its result comes by `answer`."""
@@ -112,13 +139,36 @@ class Worker:
             self._pidfd = -1
 
 
+def _fork(inherited: Any) -> None:
+    """Fork a worker by way of a process that ends at once: so it is nobody's child here."""
+    assert _line is not None
+    theirs: Connection[Any, Any] = Connection(recv_handle(_line))
+    between = os.fork()
+    if between == 0:
+        status = 1
+        try:
+            if os.fork() == 0:
+                _line.close()
+                theirs.send(os.getpid())
+                _serve(theirs, inherited)
+            status = 0
+        finally:
+            os._exit(status)
+    theirs.close()
+    assert os.waitpid(between, 0)[1] == 0
+
+
 def _serve(connection: Connection[Any, Any], inherited: Any) -> None:
+    global _line
+    _line = connection
     # pytest's handler would tell the parent's stack for a signal that the test wants.
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Ends of pipes to elder siblings, whose end of file would not come while they are here.
-    for other in list(_connections):
-        other.close()
+    for other, inode in list(_connections.items()):
+        with contextlib.suppress(OSError):
+            if os.fstat(other.fileno()).st_ino == inode:
+                other.close()
     while True:
         try:
             function, args = connection.recv()
@@ -143,6 +193,20 @@ def workers(inherited: Any, count: int) -> Iterator[list[Worker]]:
     finally:
         for worker in made:
             worker.finish()
+
+
+@contextmanager
+def adopt_orphans() -> Iterator[None]:
+    """Have orphans among this process's descendants become its children.
+
+    A pool is to be made before: its swapper is an orphan, too.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        assert prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
 def until(predicate: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
