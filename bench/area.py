@@ -18,12 +18,22 @@ import numpy as np
 
 from .undo import undone
 
-__all__ = ["made", "swapped_on", "take_stale_away"]
+__all__ = ["made", "named", "swapped_on", "take_stale_away"]
 
 _log = logging.getLogger("pyswap.bench")
 _PREFIX = "pyswap-bench-"
 _PIECE_BYTES = 4 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def named(folder: Path, suffix: str) -> Iterator[Path]:
+    """Make an empty file of the bench's; it is gone after the block."""
+    fd, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", suffix=suffix, dir=folder)
+    os.close(fd)
+    path = Path(name)
+    with undone(lambda: path.unlink(missing_ok=True)):
+        yield path
 
 
 @contextlib.contextmanager
@@ -35,16 +45,15 @@ def made(folder: Path, size_bytes: int, seed: int) -> Iterator[Path]:
     OSError
         If the disk has no room, or no direct I/O.
     """
-    fd, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", suffix=".area", dir=folder)
-    path = Path(name)
-    try:
-        with undone(lambda: path.unlink(missing_ok=True)):
+    with named(folder, ".area") as path:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
             os.posix_fallocate(fd, 0, size_bytes)
             _write(path, size_bytes, seed)
             os.fsync(fd)
-            yield path
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
+        yield path
 
 
 def _write(path: Path, size_bytes: int, seed: int) -> None:
@@ -95,7 +104,7 @@ def swapped_on(area: str) -> Iterator[None]:
 
 def take_stale_away(folder: Path) -> None:
     """Remove what a bench that was killed in the middle left in `folder`."""
-    for path in folder.glob(f"{_PREFIX}*.area"):
+    for path in folder.glob(f"{_PREFIX}*.*"):
         owner = re.match(rf"{_PREFIX}(\d+)-", path.name)
         if owner and not Path("/proc", owner[1]).exists():
             _log.warning("%s was left by a bench that was killed: it is removed", path)

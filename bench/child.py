@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import multiprocessing.connection
-import os
 import resource
 import sys
 import time
@@ -13,25 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cgroup
+from .clock import cpu_seconds
 from .plan import Plan
 
 if TYPE_CHECKING:
     from .peers import Peer
-    from .share import Share
-    from .workloads import Array, Workload
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time of a process, its threads together."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
+    from .share import Array, Share
+    from .workloads import Workload
 
 
 def _own_cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _peak_bytes() -> int:
+    """Return the most that was resident; ru_maxrss may be that of who started this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) * 1024
 
 
 def _own_bytes() -> int:
@@ -112,26 +111,26 @@ def _grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 def _run_workload(peer: Peer, plan: Plan) -> dict[str, Any]:
     """Make the array, prepare it, and run the timed part."""
     from .share import Share
-    from .workloads import WORKLOADS, shape_of
+    from .workloads import WORKLOADS
 
     workload = WORKLOADS[plan.workload]
-    shape, dtype = shape_of(workload, plan)
+    shape, dtype = workload.shape(plan)
     others_bytes = 0
     with peer.opened(plan) as make:
         before = peer.counters()
-        a = make(shape, dtype, workload.processes > 1)
+        a = make(shape, dtype, workload.kind)
         if workload.prepare is not None:
             workload.prepare(a, Share(plan, 0, 1))()
         middle = peer.counters()
         swapper = peer.swapper_pid()
-        swapper_s = _cpu_seconds(swapper) if swapper else 0.0
+        swapper_s = cpu_seconds(swapper) if swapper else 0.0
         own_s = _own_cpu_seconds()
         if workload.processes == 1:
             points = _run_here(workload, a, plan)
         else:
             points, others_bytes = _run_forked(workload, a, plan)
         own_s = _own_cpu_seconds() - own_s
-        swapper_s = _cpu_seconds(swapper) - swapper_s if swapper else 0.0
+        swapper_s = cpu_seconds(swapper) - swapper_s if swapper else 0.0
         grown = _grown(middle, peer.counters())
         if workload.verify is not None:
             workload.verify(a, Share(plan, 0, 1))
@@ -149,7 +148,7 @@ def _run_workload(peer: Peer, plan: Plan) -> dict[str, Any]:
         "totals": after,
         "moved": peer.moved(_grown(before, after)),
         "cpu_s": {"workers": own_s, "swapper": swapper_s},
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + others_bytes,
+        "peak_bytes": _peak_bytes() + others_bytes,
     }
 
 
@@ -157,13 +156,35 @@ def _run_kernels(peer: Peer, plan: Plan) -> dict[str, Any]:
     from .kernels import measure
 
     with peer.opened(plan) as make:
-        return {"kernels": measure(lambda shape, dtype: make((shape,), dtype, False), plan)}
+        return {"kernels": measure(lambda shape, dtype: make((shape,), dtype, "alone"), plan)}
 
 
 def _run_minor_fault(peer: Peer, plan: Plan) -> dict[str, Any]:
     from .minor_fault import measure
 
     return {"nanoseconds": measure(peer, plan)}
+
+
+def _run_forks(peer: Peer, plan: Plan) -> dict[str, Any]:
+    from .forks import measure
+
+    return measure(peer, plan, writing=plan.workload == "forks-write")
+
+
+def _run_scale(peer: Peer, plan: Plan) -> dict[str, Any]:
+    from .scale import measure
+
+    return measure(plan)
+
+
+_SPECIAL = {
+    "kernels": _run_kernels,
+    "minor-fault": _run_minor_fault,
+    "forks-read": _run_forks,
+    "forks-write": _run_forks,
+    "scale": _run_scale,
+}
+"""What is no work on one array larger than memory."""
 
 
 def main() -> None:
@@ -180,8 +201,7 @@ def main() -> None:
         key = "nanoseconds" if limit.unit == "nanoseconds" else "rate"
         told: dict[str, Any] = {key: limit.measure(plan)}
     else:
-        special = {"kernels": _run_kernels, "minor-fault": _run_minor_fault}
-        told = special.get(plan.workload, _run_workload)(PEERS[plan.peer], plan)
+        told = _SPECIAL.get(plan.workload, _run_workload)(PEERS[plan.peer], plan)
     told["whole_s"] = time.monotonic() - begin
     sys.stdout.write(json.dumps(told) + "\n")
 

@@ -53,7 +53,7 @@ def measure(peer: Peer, plan: Plan) -> float:
     native = load(plan.native)
     spots = plan.budget_bytes // 2 // SPOT_BYTES
     with peer.opened(plan) as make:
-        a = make((spots * SPOT_BYTES,), np.uint8, True)
+        a = make((spots * SPOT_BYTES,), np.uint8, "shared")
         a[:] = 1
         start = a.ctypes.data
         random = np.random.default_rng(plan.seed)

@@ -40,6 +40,8 @@ class Plan:
         measured with.
     native : str
         The compiled helpers, or "" where they could not be built.
+    graph : str
+        A file with the graph for an array of this size, or "" to make it in the run.
     cgroup : str
         The control group that the run joins first, or "" for none.
     """
@@ -56,6 +58,7 @@ class Plan:
     folder: str
     area: str
     native: str
+    graph: str = ""
     cgroup: str = ""
 
     def to_json(self) -> str:
@@ -67,6 +70,12 @@ class Plan:
         """Make the plan that `to_json` described."""
         return cls(**json.loads(text))
 
+    def for_run(self, workload: str, peer: str) -> Plan:
+        """Return the plan of one run; a fork's arrays are resident, which takes a larger budget."""
+        is_resident = workload.startswith("forks-")
+        budget_bytes = self.array_bytes * 5 // 4 if is_resident else self.budget_bytes
+        return dataclasses.replace(self, workload=workload, peer=peer, budget_bytes=budget_bytes)
+
     def on_empty_array(self) -> Plan:
         """Return the same work on next to nothing, which shows what the script itself takes."""
-        return dataclasses.replace(self, array_bytes=_EMPTY_BYTES)
+        return dataclasses.replace(self, array_bytes=_EMPTY_BYTES, graph="")

@@ -16,7 +16,13 @@ from .runner import Runner
 __all__ = ["print_rows", "write_json"]
 
 _PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-_RATES = {"bytes": "B/s", "operations": "/s", "columns": "columns/s", "calls": "/s"}
+_RATES = {
+    "bytes": "B/s",
+    "operations": "/s",
+    "columns": "columns/s",
+    "calls": "/s",
+    "children": "/s",
+}
 
 
 def _number(value: float, unit: str) -> str:

@@ -33,20 +33,32 @@ Failures = dict[str, dict[str, list[str]]]
 
 _KERNEL_SWAP = ("kernel-swap-3", "kernel-swap-5")
 
+_FORKS = "100 forked children, each reads 1 %"
+_WRITES = "100 forked children, each writes 1 %"
+
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "kernels": ("pyswap", "numpy-4k", "numpy", "memory-copy"),
     **dict.fromkeys(WORKLOADS, ("pyswap", *_KERNEL_SWAP, "memmap", "numpy-4k")),
+    # A file's private pages are anonymous memory, which has nowhere to go without swap.
+    "copy-storm": ("pyswap", *_KERNEL_SWAP, "numpy-4k"),
+    "sequential-modify-compressible": ("pyswap", "memopro"),
+    "random-read-1-compressible": ("pyswap", "memopro"),
+    "forks-read": ("pyswap", "numpy-4k", "numpy"),
+    "forks-write": ("pyswap", "numpy-4k", "numpy"),
     "minor-fault": ("pyswap", "userfaultfd"),
+    "scale": ("pyswap",),
 }
 """What is measured, and on which peers, in the order of a round."""
 
-for _name, _limit in (
-    ("sequential-read", "device-read"),
-    ("sequential-fill", "device-write"),
-    ("random-read-1", "device-4k-1"),
-    ("random-read-4", "device-4k-8"),
+for _name, _more in (
+    ("sequential-read", ("device-read",)),
+    ("sequential-fill", ("device-write",)),
+    ("sequential-modify", ("memopro",)),
+    ("random-read-1", ("pyswap-64k", "memopro", "device-4k-1")),
+    ("random-read-4", ("device-4k-8",)),
+    ("column-major", ("pyswap-64k",)),
 ):
-    SUBJECTS[_name] += (_limit,)
+    SUBJECTS[_name] += _more
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ class Target:
     bound : float
         The least ratio of rates, or the greatest of times or values.
     unit : str
-        "bytes", "operations", "columns" or "calls" a second, "nanoseconds", or a value's own.
+        "bytes", "operations", "columns", "calls" or "children" a second, "nanoseconds", or a
+        value's own.
     take : callable
         The measured number of one run, a rate unless the unit says otherwise.
     """
@@ -87,7 +100,7 @@ class Target:
     @property
     def is_least(self) -> bool:
         """Whether the ratio must be at least the bound, and not at most."""
-        return self.unit in ("bytes", "operations", "columns", "calls")
+        return self.unit in ("bytes", "operations", "columns", "calls", "children")
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,10 @@ def _calls(kernel: str) -> Callable[[Run], float]:
     return lambda run: 1.0 / float(run["kernels"][kernel])
 
 
+def _times(where: str, cost: str) -> Callable[[Run], float]:
+    return lambda run: float(run[where][cost] / run["alone"][cost])
+
+
 def _targets(plan: Plan) -> Iterator[Target]:
     """The counted rows; a plan's array size is what values are relative to."""
     for kernel in KERNELS:
@@ -132,6 +149,14 @@ def _targets(plan: Plan) -> Iterator[Target]:
         ("random-mixed-4", _KERNEL_SWAP, 1.0),
         ("zipf-4", _KERNEL_SWAP, 1.2),
         ("scan-4", _KERNEL_SWAP, 2.5),
+        ("copy-storm", _KERNEL_SWAP, 1.2),
+        ("column-major", _KERNEL_SWAP, 1.3),
+        ("matmul", _KERNEL_SWAP, 1.3),
+        ("matmul", ("memmap",), 1.3),
+        ("sort", _KERNEL_SWAP, 1.3),
+        ("sort", ("memmap",), 1.3),
+        ("pagerank", _KERNEL_SWAP, 1.3),
+        ("pagerank", ("memmap",), 1.3),
     ):
         workload = WORKLOADS[name]
         yield Target(name, workload.title, against, bound, workload.unit, _rate)
@@ -143,11 +168,18 @@ def _targets(plan: Plan) -> Iterator[Target]:
         return float(100 * run["totals"]["metadata_bytes"] / plan.array_bytes)
 
     yield Target("scan-4", "the same, slot reads", (), 1.3, "x the array", reads_per_array)
-    yield Target("column-major", "column-major pass", _KERNEL_SWAP, 1.3, "columns", _rate)
+    yield Target("forks-read", _FORKS, ("numpy-4k",), 5.0, "children", _rate)
     yield Target(
         "minor-fault", "one minor fault", ("userfaultfd",), 1.3, "nanoseconds", _nanoseconds
     )
     yield Target("sequential-read", "metadata", (), 0.25, "% of the array", metadata_percent)
+    for where, what in (("workers", "64 workers, one active"), ("space", "1,024x address space")):
+        for cost, event in (("fault_us", "fault"), ("evict_us", "eviction")):
+            title = f"CPU time per {event}, {what}"
+            yield Target("scale", title, (), 1.5, "x that of 1 and 1x", _times(where, cost))
+    yield Target(
+        "scale", "each further mapper of an evicted page", (), 3.0, "us", lambda r: r["mapper_us"]
+    )
 
 
 def _measured(runs: list[Run], take: Callable[[Run], float], unit: str) -> Measured | None:
@@ -169,14 +201,20 @@ def _failed(failures: Failures, workload: str, peer: str) -> str:
 def _row(results: Results, failures: Failures, target: Target) -> Row | None:
     runs = results.get(target.workload, {})
     ours = _measured(runs.get("pyswap", []), target.take, target.unit)
+    failed = failures.get(target.workload, {})
     if ours is None:
-        return None
+        least = target.is_least
+        is_tried = "pyswap" in failed
+        return (
+            Row(target.title, "", None, None, None, target.bound, least, False)
+            if is_tried
+            else None
+        )
     if not target.against:
         is_met = ours.median <= target.bound
         return Row(target.title, "", ours, None, None, target.bound, False, is_met)
     told = [(p, _measured(runs.get(p, []), target.take, target.unit)) for p in target.against]
     there = [(peer, measured) for peer, measured in told if measured is not None]
-    failed = failures.get(target.workload, {})
     if not there:
         # Nobody to be compared with: a row that is not met, if it was tried.
         whom = ", ".join(f"{_title(p)} (all failed)" for p in target.against if p in failed)
@@ -236,9 +274,20 @@ def rows(results: Results, failures: Failures, plan: Plan) -> tuple[list[Row], l
         shown.append(Row("limits", _title("memory-copy"), None, copies, None))
     for workload in WORKLOADS.values():
         shown += _shown(results, workload.name, workload.title, _rate, workload.unit)
+    for name, title in (("forks-read", _FORKS), ("forks-write", _WRITES)):
+        shown += _shown(results, name, title, _rate, "children")
+    for cost, title in (("fault_us", "fault"), ("evict_us", "eviction")):
+        shown += _shown(
+            results, "scale", f"CPU time per {title}", lambda run, c=cost: run["alone"][c], "us"
+        )
     return counted, [row for row in shown if (row.title, row.against) not in have]
 
 
 def peers_of(subject: str, chosen: tuple[str, ...]) -> list[str]:
-    """Return the peers that a subject is measured on, of those chosen; all where none is."""
-    return [peer for peer in SUBJECTS[subject] if not chosen or peer in chosen]
+    """Return the peers that a subject is measured on, of those chosen; all where none is.
+
+    A chosen variant of pyswap is measured on every subject but the one that makes its own pools.
+    """
+    extra = [] if subject == "scale" else [peer for peer in chosen if peer.startswith("pyswap-")]
+    able = dict.fromkeys([*SUBJECTS[subject], *extra])
+    return [peer for peer in able if not chosen or peer in chosen]

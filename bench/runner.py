@@ -32,6 +32,10 @@ class RunFailedError(Exception):
     """A measured run ended without a result, or with a wrong one."""
 
 
+class RunKilledError(RunFailedError):
+    """The kernel killed a measured run at its control group's limit."""
+
+
 class Runner:
     """Interleaves the peers of a workload, round after round.
 
@@ -61,15 +65,26 @@ class Runner:
         for number in range(1, rounds + 1):
             for peer in able:
                 self._tell(f"{workload}: {peer}, round {number} of {rounds}")
-                plan = dataclasses.replace(self.plan, workload=workload, peer=peer)
-                try:
-                    told = self._spawn(plan) if peer in LIMITS else self._run(PEERS[peer], plan)
-                    _check_moved(plan, told)
-                except RunFailedError as error:
-                    _log.warning("%s", error)
-                    self.failures.setdefault(workload, {}).setdefault(peer, []).append(str(error))
-                else:
-                    self.results.setdefault(workload, {}).setdefault(peer, []).append(told)
+                plan = self.plan.for_run(workload, peer)
+                self._attempt(plan, PEERS[peer].attempts if peer in PEERS else 1)
+
+    def _attempt(self, plan: Plan, attempts: int) -> None:
+        """Run a plan until it is not killed; keep what it told, or why it failed."""
+        while attempts > 0:
+            attempts -= 1
+            try:
+                is_limit = plan.peer in LIMITS
+                told = self._spawn(plan) if is_limit else self._run(PEERS[plan.peer], plan)
+                _check_moved(plan, told)
+            except RunFailedError as error:
+                _log.warning("%s", error)
+                failed = self.failures.setdefault(plan.workload, {})
+                failed.setdefault(plan.peer, []).append(str(error))
+                if not isinstance(error, RunKilledError):
+                    return
+            else:
+                self.results.setdefault(plan.workload, {}).setdefault(plan.peer, []).append(told)
+                return
 
     def _can_run(self, peer: str) -> bool:
         """Ask the peer, once; why it cannot is noted, and said in the end."""
@@ -109,7 +124,7 @@ class Runner:
                 kills = group.kills() if group else 0
                 if kills == 0:
                     raise
-                raise RunFailedError(f"{error}: the kernel killed {kills} at the limit") from None
+                raise RunKilledError(f"{error}: the kernel killed {kills} at the limit") from None
 
     def _measure_script(self, peer: Peer, plan: Plan) -> int:
         """Peak resident bytes of the same run on an empty array, measured once."""

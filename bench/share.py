@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from .plan import Plan
 
-__all__ = ["Share", "WrongResultError", "check"]
+__all__ = ["Array", "Share", "Timed", "Work", "WrongResultError", "check"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_POINTS = 200
 """Points of a throughput curve that one process hands back."""
@@ -64,3 +70,8 @@ class Share:
         """Return the points, few enough to hand back, the first and last among them."""
         step = -(-len(self.points) // MAX_POINTS)
         return [*self.points[:-1:step], self.points[-1]]
+
+
+Timed = Callable[[], None]
+Work = Callable[[Array, Share], Timed]
+"""Takes an array and a share, makes what it needs besides, and returns the part that is timed."""

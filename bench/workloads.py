@@ -3,7 +3,7 @@
 A work function gets the array and a `Share`, makes its random numbers, and returns the part that
 is timed; that one reports its progress to the share and checks what it read. Arrays are rows of
 512 words; a row's first word is its number, the others are random. The column-major pass has a
-square array of floats instead.
+square array of floats instead, and so has each of `applications` what it needs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import applications
 from .plan import ROW_BYTES, Plan
-from .share import Share, check
+from .share import Array, Share, Timed, Work, check
 
-__all__ = ["WORKLOADS", "Array", "Workload", "shape_of"]
+if TYPE_CHECKING:
+    from .peers.base import Kind
 
-Array = npt.NDArray[Any]
-Timed = Callable[[], None]
-Work = Callable[[Array, Share], Timed]
+__all__ = ["WORKLOADS", "Workload"]
 
 ROW_WORDS = ROW_BYTES // 8
 CHUNK_ROWS = 1024
@@ -32,12 +32,16 @@ BATCH_ROWS = 64
 ZIPF_EXPONENT = 0.99
 WARM_COLUMNS = 2
 CHECKED_ROWS = 64
+RANDOM_BITS = 63
+FEW_BITS = 4
+"""Random bits of a word that compresses."""
 
 
 def _block(plan: Plan) -> npt.NDArray[np.uint64]:
     """4 MiB of random words, whose first column is overwritten by row numbers."""
+    bits = WORKLOADS[plan.workload].word_bits if plan.workload in WORKLOADS else RANDOM_BITS
     return np.random.default_rng(plan.seed).integers(
-        0, 1 << 63, (CHUNK_ROWS, ROW_WORDS), dtype=np.uint64
+        0, 1 << bits, (CHUNK_ROWS, ROW_WORDS), dtype=np.uint64
     )
 
 
@@ -193,6 +197,39 @@ def fill_and_read(a: Array, share: Share) -> Timed:
     return timed
 
 
+def storm(a: Array, share: Share) -> Timed:
+    """Write half of the rows, from a place of this process's own, and look at all that it sees."""
+    block = _block(share.plan)
+    first = share.rank * len(a) // (2 * share.count)
+    last = first + len(a) // 2
+    own = np.uint64((share.rank + 1) << 32)
+
+    def timed() -> None:
+        for start in range(first, last, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, last)
+            block[: stop - start, 0] = np.arange(start, stop, dtype=np.uint64) + own
+            a[start:stop] = block[: stop - start]
+            share.add((stop - start) * ROW_BYTES)
+        for i in np.random.default_rng(share.plan.seed + 1).integers(0, len(a), CHECKED_ROWS):
+            expected = np.uint64(i) + (own if first <= i < last else np.uint64(0))
+            check(a[i, 0] == expected, f"row {i} is {a[i, 0]}, not {expected}")
+
+    return timed
+
+
+def _rows_shape(plan: Plan) -> tuple[tuple[int, ...], type]:
+    return (plan.array_bytes // ROW_BYTES, ROW_WORDS), np.uint64
+
+
+def _half_shape(plan: Plan) -> tuple[tuple[int, ...], type]:
+    return (plan.array_bytes // ROW_BYTES // 2, ROW_WORDS), np.uint64
+
+
+def _square_shape(plan: Plan) -> tuple[tuple[int, ...], type]:
+    n = math.isqrt(plan.array_bytes // 8)
+    return (n, n), np.float64
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is done to an array, by how many processes, and what is counted.
@@ -211,10 +248,14 @@ class Workload:
         Done once before, in the process that made the array.
     warm_up : callable or None
         Done before, by every process.
-    is_square : bool
-        Whether the array is a square of floats and not rows of words.
     verify : callable or None
         Done after, in the process that made the array; it raises where data is wrong.
+    shape : callable
+        Shape and dtype of the array, for a plan.
+    word_bits : int
+        Random bits of each word; few of them compress.
+    is_private : bool
+        Whether each process has its own copy after the fork.
     """
 
     name: str
@@ -224,19 +265,22 @@ class Workload:
     work: Work
     prepare: Work | None = fill
     warm_up: Work | None = None
-    is_square: bool = False
     verify: Callable[[Array, Share], None] | None = None
+    shape: Callable[[Plan], tuple[tuple[int, ...], type]] = _rows_shape
+    word_bits: int = RANDOM_BITS
+    is_private: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Who uses the array."""
+        if self.is_private:
+            return "private"
+        return "shared" if self.processes > 1 else "alone"
 
 
-def shape_of(workload: Workload, plan: Plan) -> tuple[tuple[int, int], type]:
-    """Return the shape and dtype of a workload's array."""
-    if workload.is_square:
-        n = math.isqrt(plan.array_bytes // 8)
-        return (n, n), np.float64
-    return (plan.array_bytes // ROW_BYTES, ROW_WORDS), np.uint64
-
-
-def _random(name: str, title: str, processes: int, draw: Any, written: float) -> Workload:
+def _random(
+    name: str, title: str, processes: int, draw: Any, written: float, bits: int = RANDOM_BITS
+) -> Workload:
     return Workload(
         name,
         title,
@@ -245,6 +289,7 @@ def _random(name: str, title: str, processes: int, draw: Any, written: float) ->
         accesses(draw, written, salt=2),
         prepare=fill_and_read,
         warm_up=accesses(draw, written, salt=1),
+        word_bits=bits,
     )
 
 
@@ -273,6 +318,16 @@ _ALL = (
     _random("zipf-4", "Zipf 0.99, 90 % reads, 4 processes", 4, _zipf, 0.1),
     Workload("scan-4", "4 forked workers each scan", 4, "bytes", read, fill_and_read),
     Workload(
+        "copy-storm",
+        "4 children each write half of a private array of 2x",
+        4,
+        "bytes",
+        storm,
+        verify=lambda a, share: _check_rows(a, share, added=0),
+        shape=_half_shape,
+        is_private=True,
+    ),
+    Workload(
         "column-major",
         "column-major pass",
         1,
@@ -280,7 +335,54 @@ _ALL = (
         _columns(WARM_COLUMNS, is_bounded=True),
         fill_square,
         warm_up=_columns(0, is_bounded=False),
-        is_square=True,
+        shape=_square_shape,
+    ),
+    Workload(
+        "matmul",
+        "blocked matmul",
+        1,
+        "operations",
+        applications.multiply,
+        applications.fill_matrices,
+        verify=applications.check_product,
+        shape=applications.matrices_shape,
+    ),
+    Workload(
+        "sort",
+        "external sort",
+        1,
+        "bytes",
+        applications.sort,
+        applications.fill_keys,
+        verify=applications.check_order,
+        shape=applications.words_shape,
+    ),
+    Workload(
+        "pagerank",
+        "PageRank, R-MAT graph",
+        1,
+        "operations",
+        applications.rank_pages,
+        applications.load_graph,
+        verify=applications.check_ranks,
+        shape=applications.words_shape,
+    ),
+    Workload(
+        "sequential-modify-compressible",
+        "sequential read-modify-write, compressible",
+        1,
+        "bytes",
+        modify,
+        verify=lambda a, share: _check_rows(a, share, added=1),
+        word_bits=FEW_BITS,
+    ),
+    _random(
+        "random-read-1-compressible",
+        "random 4 KiB reads, 1 process, compressible",
+        1,
+        _uniform,
+        0.0,
+        FEW_BITS,
     ),
 )
 

@@ -137,7 +137,7 @@ def report(asked: Asked, array_bytes: int) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"what if the sea took it? (land: {asked.total_km2:,.0f} km2)")
+    table = Table(title="what if the sea took it?")
     for name in ("latitudes", "lost, km2", "left, km2"):
         table.add_column(name, justify="right")
     for each in asked.answers:
@@ -152,6 +152,7 @@ def report(asked: Asked, array_bytes: int) -> None:
     written = (asked.during.slot_writes - asked.before.slot_writes) * page
     read = (asked.during.slot_reads - asked.before.slot_reads) * page
     console.print(
+        f"land: {asked.total_km2:,.0f} km2, and as much in the parent's array afterwards\n"
         f"memory: {mib(asked.before.memory_bytes)} for parent and {CHILDREN} children, "
         f"an array of {mib(array_bytes)}; {asked.seconds:.1f} s\n"
         f"copies: {mib(copies)}, where {CHILDREN} full copies are {mib(CHILDREN * array_bytes)}\n"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.plan import Plan
 
-__all__ = ["Array", "Counters", "Make", "Peer", "swap_counters"]
+__all__ = ["Array", "Counters", "Kind", "Make", "Peer", "swap_counters"]
 
 Array = npt.NDArray[Any]
-Make = Callable[[Any, Any, bool], Array]
-"""Makes an array of a shape and dtype; the bool says whether forked processes will share it."""
+Kind = Literal["alone", "shared", "private"]
+"""Who uses an array: one process; it and those forked from it; each its own copy from then on."""
+Make = Callable[[Any, Any, Kind], Array]
+"""Makes an array of a shape, dtype and kind."""
 Counters = dict[str, int]
 
 
@@ -35,6 +37,8 @@ class Peer:
         For the command line; for tables.
     limits_memory : bool
         Whether the run needs a control group: the budget, plus what the script itself takes.
+    attempts : int
+        How often a run is tried that the kernel kills at the limit.
     environment : dict
         What the run's environment has besides.
     """
@@ -42,6 +46,7 @@ class Peer:
     name = ""
     title = ""
     limits_memory = False
+    attempts = 1
     environment: dict[str, str] = {}  # noqa: RUF012 (never written to)
 
     def missing(self) -> str | None:
@@ -56,7 +61,7 @@ class Peer:
     @contextlib.contextmanager
     def opened(self, plan: Plan) -> Iterator[Make]:
         """Yield, in the run's process, what makes its array."""
-        yield lambda shape, dtype, shared: np.empty(shape, dtype)
+        yield lambda shape, dtype, kind: np.empty(shape, dtype)
 
     def counters(self) -> Counters:
         """Return, in the run's process, what tells that pages moved."""

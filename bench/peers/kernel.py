@@ -32,6 +32,8 @@ class KernelSwap(Peer):
     """
 
     limits_memory = True
+    # Where every page was touched a moment ago, the kernel finds none to swap out and kills.
+    attempts = 3
 
     def __init__(self, page_cluster: int) -> None:
         self.name = f"kernel-swap-{page_cluster}"
@@ -55,7 +57,7 @@ class KernelSwap(Peer):
     @contextlib.contextmanager
     def opened(self, plan: Plan) -> Iterator[Make]:
         """Yield what maps anonymous memory."""
-        yield lambda shape, dtype, shared: mapped(shape, np.dtype(dtype), shared=shared)
+        yield lambda shape, dtype, kind: mapped(shape, np.dtype(dtype), shared=kind == "shared")
 
     def counters(self) -> Counters:
         """Return the kernel's counters of pages swapped."""

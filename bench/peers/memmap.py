@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.plan import Plan
 
-from .base import Array, Counters, Make, Peer
+from .base import Array, Counters, Kind, Make, Peer
 
 __all__ = ["MemoryMapped"]
 
@@ -34,7 +34,7 @@ class MemoryMapped(Peer):
         """Yield what maps a new file, which is gone in the end."""
         with tempfile.TemporaryFile(prefix="pyswap-bench-", dir=plan.folder) as file:
 
-            def make(shape: Any, dtype: Any, shared: bool) -> Array:
+            def make(shape: Any, dtype: Any, kind: Kind) -> Array:
                 return np.memmap(file, dtype, "r+", shape=_grown(file, shape, dtype))
 
             yield make

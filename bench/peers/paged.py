@@ -18,27 +18,38 @@ __all__ = ["Paged"]
 
 
 class Paged(Peer):
-    """`Pool(memory, swap)`, its swap file in the bench's folder."""
+    """`Pool(memory, swap)`, its swap file in the bench's folder.
 
-    name = "pyswap"
-    title = "pyswap"
+    Parameters
+    ----------
+    page_kib : int or None
+        A page size other than the default; such a peer is shown, and counts nowhere.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, page_kib: int | None = None) -> None:
+        self.name = f"pyswap-{page_kib}k" if page_kib else "pyswap"
+        self.title = f"pyswap, {page_kib} KiB pages" if page_kib else "pyswap"
+        self._page_bytes = page_kib << 10 if page_kib else None
         self._pool: pyswap.Pool | None = None
 
     @contextlib.contextmanager
     def arranged(self, plan: Plan) -> Iterator[dict[str, object]]:
         """Tell the settings; there is nothing to prepare."""
-        yield {"memory": plan.budget_bytes, "swap": plan.swap_bytes, "page_size": "default"}
+        yield {
+            "memory": plan.budget_bytes,
+            "swap": plan.swap_bytes,
+            "page_size": self._page_bytes or "default",
+        }
 
     @contextlib.contextmanager
     def opened(self, plan: Plan) -> Iterator[Make]:
         """Yield what makes arrays in a pool; PYSWAP_DIR is set by who started this process."""
         import pyswap
 
-        with pyswap.Pool(plan.budget_bytes, plan.swap_bytes) as pool:
+        sizes = plan.budget_bytes, plan.swap_bytes
+        with pyswap.Pool(*sizes, page_size=self._page_bytes) as pool:
             self._pool = pool
-            yield lambda shape, dtype, shared: pool.empty(shape, dtype)
+            yield lambda shape, dtype, kind: pool.empty(shape, dtype, private=kind == "private")
 
     @property
     def pool(self) -> pyswap.Pool:
