@@ -3,34 +3,65 @@
 #   make demo    the landmasses of the earth, computed in arrays larger than memory
 #   make test    the whole suite: both builds, linters, types
 #
-# Also: make bench (pyswap beside the kernel's swap and others; as root), make test-pythons (the core
-# tests on every supported Python found), make clean.
+# Also: make deep (sanitizers, mutants, the model and a soak of SOAK_MINUTES), make soak MINUTES=30,
+# make mutants, make test-extras (pandas, torch and others on arrays' memory), make bench (pyswap beside the
+# kernel's swap and others; as root), make test-pythons (the core tests on every other supported
+# Python found), make clean.
 # PYTHON=python3.12 chooses the interpreter; TEST_ARGS, DEMO_ARGS and BENCH_ARGS are handed on.
 
 PYTHON ?= python3
+MINUTES ?= 30
+SOAK_MINUTES ?= 10
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
-BUILD_NEEDS := "setuptools>=77" "Cython>=3.0.11"
+BUILD_NEEDS := "setuptools>=77" "Cython>=3.0.11" "numpy>=2.0"
 
 # What, when changed, means that the extension has to be built again.
 SOURCES := setup.py pyproject.toml MANIFEST.in \
-           $(wildcard pyswap/*.pyx pyswap/*.pxd pyswap/core/*.pxd pyswap/core/*.h)
+           $(wildcard pyswap/*.pyx pyswap/*.pxi pyswap/*.pxd pyswap/_shim.c pyswap/core/*.pxd pyswap/core/*.h)
 
 # A test that hangs in a page fault cannot be interrupted: its process ends, with all stacks shown.
 PYTEST := -m pytest --timeout=300 --timeout-method=thread
 # The demo's and the bench's tests need packages of their own.
 CORE_ONLY := --ignore=tests/test_continents.py --ignore=tests/test_what_if.py --ignore=tests/test_bench.py
 
-.PHONY: demo test bench test-pythons clean
+.PHONY: demo test test-extras bench deep model mutants soak test-pythons clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(PY) examples/continents.py $(DEMO_ARGS)
 
+# What another user runs, and what it is run in, takes as long as the debug build's tests: both at once.
 test: $(VENV)/.test
-	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "core or failpoint" $(TEST_ARGS)
-	$(PY) $(PYTEST) $(TEST_ARGS)
+	$(PY) $(PYTEST) tests/test_user.py $(TEST_ARGS) >$(VENV)/user.log 2>&1 & user=$$!; \
+	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "core or failpoint" $(TEST_ARGS); debug=$$?; \
+	wait $$user; user=$$?; cat $(VENV)/user.log; \
+	[ $$debug = 0 ] && { [ $$user = 0 ] || [ $$user = 5 ]; }
+	$(PY) $(PYTEST) -m "not extras" --ignore=tests/test_user.py $(TEST_ARGS)
+
+test-extras: $(VENV)/.extras
+	$(PY) $(PYTEST) -m extras tests/test_neighbours.py tests/test_docs.py $(TEST_ARGS)
+
+# What takes long: sanitizers, mutants, the model of the protocol, and a soak.
+deep: $(VENV)/.test
+	$(PY) tests/sanitized.py
+	$(PY) tests/mutants.py
+	$(MAKE) --no-print-directory model
+	$(PY) tests/soak.py --minutes $(SOAK_MINUTES)
+
+# The protocol in Promela: its states, and each mutant found out (tests/model/).
+model:
+	@command -v spin >/dev/null || { echo "make model needs spin (on Debian and Ubuntu: apt install spin)"; exit 1; }
+	$(PYTHON) tests/model/run.py $(MODEL_ARGS)
+
+# One guard taken out at a time: a test must fail for each.  MUTANTS="one another" names some.
+mutants: $(VENV)/.test
+	$(PY) tests/mutants.py $(MUTANTS)
+
+# The random tests again and again, with fresh seeds.
+soak: $(VENV)/.test
+	$(PY) tests/soak.py --minutes $(MINUTES)
 
 bench: $(VENV)/.bench
 	$(PY) -m bench $(BENCH_ARGS)
@@ -45,6 +76,10 @@ $(VENV)/.demo: $(VENV)/.ready $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.ready $(SOURCES)
 	PYSWAP_DEBUG=1 PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/.extras: $(VENV)/.test
+	PYSWAP_DEBUG=1 PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test-extras]"
 	@touch $@
 
 # What pip would say a screen later, said first.
@@ -65,10 +100,15 @@ $(VENV)/.ready:
 	@touch $@
 
 # One Python after the other, each with an environment of its own; pyenv's are found where its
-# shims would refuse.
+# shims would refuse.  The one that make test uses is left to it.
 test-pythons:
 	@set -e; found=0; \
+	tested=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	for version in 3.10 3.11 3.12 3.13; do \
+	  if [ "$$version" = "$$tested" ]; then \
+	    echo "== Python $$version: left to make test, which runs these tests and the others on it"; \
+	    continue; \
+	  fi; \
 	  python=$$(for candidate in $$(command -v pyenv >/dev/null && \
 	      ls -d $$(pyenv root)/versions/$$version*/bin/python$$version 2>/dev/null; true) \
 	      python$$version; do \
@@ -79,7 +119,7 @@ test-pythons:
 	  else echo "== Python $$version: $$python"; found=$$((found + 1)); \
 	    $(MAKE) --no-print-directory test-python PYTHON=$$python VENV=.venv-$$version; fi; \
 	done; \
-	echo "== the core tests passed on $$found Pythons"; [ $$found -gt 0 ]
+	echo "== the core tests passed on $$found Pythons beside $$tested"; [ $$found -gt 0 ]
 
 .PHONY: test-python
 test-python: $(VENV)/.core
