@@ -133,12 +133,13 @@ cdef inline void fault_map(
     if mapped:
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
-        rc = engine_unprotect(pool, r, generation, index, 1)
         unprotect_around(pool, &fault.want, r, region, index, fault.stride)
+        rc = engine_unprotect(pool, r, generation, index, 1)
     else:
-        rc = map_run(pool, r, generation, index, &f, 1, fault.write)
+        # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
         if region.advice != ADVICE_RANDOM:
             map_around(pool, &fault.want, r, region, index, fault.stride, fault.write)
+        rc = map_run(pool, r, generation, index, &f, 1, fault.write)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
         engine_wake(pool, r, generation, index)
