@@ -38,11 +38,11 @@ from pyswap.core.fork cimport (
     share_t,
 )
 from pyswap.core.frame cimport (
-    frame_forget_mapper,
     frame_set_back,
     frame_state,
     reclaim_kick,
 )
+from pyswap.core.groups cimport group_words
 from pyswap.core.hold cimport hold_change
 from pyswap.core.kernel cimport (
     file_allocate,
@@ -101,6 +101,7 @@ from pyswap.core.lock cimport (
     store64,
     swap64,
 )
+from pyswap.core.mapping cimport mapper_end
 from pyswap.core.order cimport answer_take, unread_text
 from pyswap.core.page cimport wanted_t
 from pyswap.core.readahead cimport request_put, request_take
@@ -416,14 +417,17 @@ cdef class Swapper:
         pool.epochs = <uint32_t *>calloc(MAX_OBJECTS, sizeof(uint32_t))
         pool.maps = <uint64_t **>calloc(MAX_REGIONS, sizeof(void *))
         pool.unswept = <uint64_t *>calloc(MAX_OBJECTS // 64, 8)
+        pool.written = <uint64_t *>calloc(group_words(sizes["frame_room"]), 8)
+        pool.touched = <uint64_t *>calloc(MAX_WORKERS * group_words(sizes["frame_room"]), 8)
         pool.mappings_limit = sizes["mappings_limit"]
         memset(pool.files, 0xFF, MAX_OBJECTS * sizeof(int))
         if not (pool.free_list and pool.cold and pool.hot and pool.chunk_used and pool.chunk_ready and pool.detectors
                 and pool.epochs and pool.mapped and pool.files and pool.places and pool.families_ready
-                and pool.maps and pool.unswept):
+                and pool.maps and pool.unswept and pool.written and pool.touched):
             raise MemoryError("pyswap: no memory for the swapper's own tables")
         # What a swapper before this one left undone.
         memset(pool.unswept, 0xFF, MAX_OBJECTS // 8)
+        memset(pool.written, 0xFF, group_words(sizes["frame_room"]) * 8)
         # The lowest number is handed out first, so that the hand meets frames in the order they were filled.
         for f in range(frames):
             pool.free_list[f] = <uint32_t>(frames - 1 - f)
@@ -602,12 +606,10 @@ cdef class Swapper:
         """Detach a process whose regions have all ended."""
         cdef pool_t *pool = self.pool
         cdef attached_t *a = &pool.attached[w]
-        cdef uint32_t f
         life_end(&pool.workers[w].word)
         if a.count:
             raise AssertionError(f"worker {w} still has {a.count} regions")
-        for f in range(<uint32_t>pool.header.frame_count):
-            frame_forget_mapper(&pool.frames[f], w)
+        mapper_end(pool, w)
         poll_remove(pool.poll_fd, a.uffd)
         poll_remove(pool.poll_fd, a.channel)
         os.close(a.uffd)
@@ -1092,6 +1094,7 @@ cdef class Swapper:
         kept = [pool.header.state_count[i] for i in range(7)]
         if counts != kept or sum(counts) != pool.header.frame_count:
             raise AssertionError(f"frames by state: {counts} found, {kept} counted, {pool.header.frame_count} in all")
+        self.check_mappers()
         if counts[layout.FREE] != pool.free_count:
             raise AssertionError(f"{counts[layout.FREE]} frames are free, the free list has {pool.free_count}")
         blocks = os.fstat(pool.store_fd).st_blocks * 512
@@ -1099,6 +1102,20 @@ cdef class Swapper:
         held = (sum(counts) - unused) * pool.page_bytes
         if blocks != held:
             raise AssertionError(f"the store holds {blocks} bytes, its frames {held}")
+
+    cdef check_mappers(self):
+        """Raise AssertionError where a frame has a mapper whose number is nobody's: it would be the next process's."""
+        cdef pool_t *pool = self.pool
+        cdef uint64_t nobody[4]
+        cdef uint32_t w, f, i
+        memset(nobody, 0, sizeof(nobody))
+        for w in range(<uint32_t>MAX_WORKERS):
+            if pool.workers[w].place == layout.PLACE_FREE:
+                nobody[w >> 6] |= <uint64_t>1 << (w & 63)
+        for f in range(<uint32_t>pool.header.frame_count):
+            for i in range(4):
+                if load64(&pool.frames[f].mappers[i]) & nobody[i]:
+                    raise AssertionError(f"frame {f} has a mapper that is gone")
 
     cdef memory(self, uint64_t offset, uint64_t size):
         """Memory for records of the control segment before the first store: a full tmpfs would be SIGBUS."""

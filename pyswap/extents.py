@@ -18,11 +18,16 @@ class Extents:
         Page ids there are.
     align : int
         Every run starts at a multiple of this and ends before the next.
+
+    Attributes
+    ----------
+    free : list of tuple of int
+        The first page id and the length of each run that nobody has, in order.
     """
 
     def __init__(self, count: int, align: int) -> None:
         self._align = align
-        self._free: list[tuple[int, int]] = [(0, count // align * align)]
+        self.free: list[tuple[int, int]] = [(0, count // align * align)]
 
     def take(self, pages: int) -> int:
         """Give out a run of `pages` page ids and return the first.
@@ -33,35 +38,35 @@ class Extents:
             If no free run is so long.
         """
         wanted = self._rounded(pages)
-        for i, (first, count) in enumerate(self._free):
+        for i, (first, count) in enumerate(self.free):
             if count >= wanted:
                 if count == wanted:
-                    del self._free[i]
+                    del self.free[i]
                 else:
-                    self._free[i] = (first + wanted, count - wanted)
+                    self.free[i] = (first + wanted, count - wanted)
                 return first
         raise MemoryError(f"no run of {pages} page ids is free in the page store")
 
     def reserve(self, first: int, pages: int) -> None:
         """Take a certain run, of which every page id is free."""
         count = self._rounded(pages)
-        i = bisect_right(self._free, (first, 1 << 64)) - 1
-        start, length = self._free.pop(i)
+        i = bisect_right(self.free, (first, 1 << 64)) - 1
+        start, length = self.free.pop(i)
         if first + count < start + length:
-            self._free.insert(i, (first + count, start + length - first - count))
+            self.free.insert(i, (first + count, start + length - first - count))
         if start < first:
-            self._free.insert(i, (start, first - start))
+            self.free.insert(i, (start, first - start))
 
     def give_back(self, first: int, pages: int) -> None:
         """Take back a run that `take` gave out, and join it with its free neighbours."""
         count = self._rounded(pages)
-        i = bisect_left(self._free, (first, 0))
-        if i < len(self._free) and self._free[i][0] == first + count:
-            count += self._free.pop(i)[1]
-        if i and sum(self._free[i - 1]) == first:
-            first, before = self._free.pop(i - 1)
+        i = bisect_left(self.free, (first, 0))
+        if i < len(self.free) and self.free[i][0] == first + count:
+            count += self.free.pop(i)[1]
+        if i and sum(self.free[i - 1]) == first:
+            first, before = self.free.pop(i - 1)
             count += before
-        insort(self._free, (first, count))
+        insort(self.free, (first, count))
 
     def _rounded(self, pages: int) -> int:
         return -(-pages // self._align) * self._align

@@ -138,6 +138,8 @@ class Objects:
         self._page_bytes = page_bytes
         self._families: dict[int, PagedObject] = {}
         self._untrimmed: set[int] = set()
+        self._shared: set[int] = set()
+        self._spare_maps: dict[int, int] = {}
         self._extents = Extents(page_count, EXTENT_ALIGN_PAGES)
         self._maps = Extents(page_count, EXTENT_ALIGN_PAGES)
         self._object_numbers = Numbers(MAX_OBJECTS)
@@ -182,7 +184,7 @@ class Objects:
             )
         with ExitStack() as undo:
             undo.callback(self._tables.uncommit, committed)
-            base = self._extents.take(pages)
+            base = self._take_ids(pages)
             undo.callback(self._extents.give_back, base, pages)
             number = self._object_numbers.take("arrays")
             undo.callback(self._object_numbers.returned.append, number)
@@ -314,11 +316,18 @@ class Objects:
         if o.private:
             self._tables.region_unshare(o.number, region.number)
         if region.map is not None:
-            self._tables.map_end(region.map, o.pages)
-            self._maps.give_back(region.map, o.pages)
+            self._end_map(o, region.map)
         self._tables.region_unpromise(region.number)
         self._region_numbers.returned.append(region.number)
         self._unrefer(o)
+
+    def _end_map(self, o: PagedObject, place: int) -> None:
+        """Give back a map, or keep it for the next fork."""
+        if o.number in self._families and o.number not in self._spare_maps:
+            self._spare_maps[o.number] = place
+            return
+        self._tables.map_end(place, o.pages)
+        self._maps.give_back(place, o.pages)
 
     def owners(self) -> list[tuple[int, int, int, int]]:
         """Tell whose page ids are whose: (first page id, pages, object, generation), in order."""
@@ -448,8 +457,10 @@ class Objects:
         for source, clone in pairs:
             for region in (source, clone):
                 if region.map is None:
-                    region.map = self._maps.take(region.object.pages)
+                    spare = self._spare_maps.pop(region.object.number, None)
+                    region.map = self._maps.take(region.object.pages) if spare is None else spare
         if pairs:
+            self._shared |= {source.object.number for source, _ in pairs}
             self._tables.regions_share([(r.number, c.number, r.map, c.map) for r, c in pairs])
 
     def _extend(self, o: PagedObject) -> None:
@@ -461,7 +472,7 @@ class Objects:
         if not o.extents:
             self._begin_family(o)
         while len(o.extents) < 2 * o.references:
-            base = self._extents.take(o.pages)
+            base = self._take_ids(o.pages)
             try:
                 self._tables.family_extend(o.number, base)
             except BaseException:
@@ -469,14 +480,36 @@ class Objects:
                 raise
             o.extents.append(base)
 
+    def _take_ids(self, pages: int) -> int:
+        """Take a run of page ids, if need be one that was kept for the next fork."""
+        try:
+            return self._extents.take(pages)
+        except MemoryError:
+            self._shared.clear()
+            self.rest()
+            return self._extents.take(pages)
+
     def _begin_family(self, o: PagedObject) -> None:
         self._tables.family_extend(o.number, o.base)
         o.extents.append(o.base)
         self._families[o.number] = o
 
-    def _trim(self, o: PagedObject) -> None:
-        """Give back runs of page ids that a family has too many of."""
-        while len(o.extents) > 2 * max(1, o.references):
+    def rest(self) -> None:
+        """Give back what is kept for the next fork of what was not forked since last time."""
+        for o in [o for o in self._families.values() if o.number not in self._shared]:
+            self._trim(o, 0)
+            self._end_spare_map(o)
+        self._shared.clear()
+
+    def _end_spare_map(self, o: PagedObject) -> None:
+        place = self._spare_maps.pop(o.number, None)
+        if place is not None:
+            self._tables.map_end(place, o.pages)
+            self._maps.give_back(place, o.pages)
+
+    def _trim(self, o: PagedObject, children: int) -> None:
+        """Give back runs of page ids beyond those for a family with so many children more."""
+        while len(o.extents) > 2 * (max(1, o.references) + children):
             base = self._tables.family_trim(o.number)
             if base is None:
                 return
@@ -514,6 +547,9 @@ class Objects:
                 self._ending.append(o)
             elif o.released:
                 self._released.append(o)
+        # What was kept for the next fork, or had just ended.
+        for place, pages in self._maps.free:
+            self._tables.map_end(place, pages)
         begun = [r for r in regions if r.generation]
         return begun, [r for r in regions if not r.generation]
 
@@ -552,7 +588,7 @@ class Objects:
         while self._untrimmed:
             number = self._untrimmed.pop()
             if number in self._families:
-                self._trim(self._families[number])
+                self._trim(self._families[number], 1)
         busy = []
         for o in self._ending:
             if self._tables.object_sweep(o.number, last=True):
@@ -560,6 +596,7 @@ class Objects:
             else:
                 del self.live[o.number]
                 self._families.pop(o.number, None)
+                self._end_spare_map(o)
                 for base in o.extents[1:]:
                     self._tables.extent_end(base, o.pages)
                     self._extents.give_back(base, o.pages)

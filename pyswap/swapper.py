@@ -277,6 +277,7 @@ class Server:
             self._next_online = time.monotonic() + config.OFFLINE_RETRY_S
             self._try_online()
             self.areas.tell()
+            self.objects.rest()
             # One that another program replaced may have been looked at by somebody at the time.
             for worker in [w for w in self._workers.values() if w.silent]:
                 self._try_end(worker)

@@ -64,7 +64,7 @@ class ExtentsAgainstASet(RuleBasedStateMachine):
 
     @invariant()
     def are_free_neighbours_joined(self) -> None:
-        free = self.extents._free
+        free = self.extents.free
         ids = {page for first, count in free for page in range(first, first + count)}
         assert ids == set(range(USABLE)) - self.taken
         assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(free))

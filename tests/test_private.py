@@ -319,6 +319,51 @@ def words_of_version(versions: Any, i: int) -> list[int]:
     return first_words(versions[i])
 
 
+@pytest.mark.parametrize("pages", [24, 600])
+def test_is_every_page_protected_that_was_written_since_the_last_snapshot(
+    pool: pyswap.Pool, pages: int
+) -> None:
+    """Of two arrays whose frames lie among each other: who looks for one's meets the other's."""
+    a = pool.zeros(pages * WORDS, np.int64, private=True)
+    b = pool.zeros(pages * WORDS, np.int64, private=True)
+    for page in range(pages):
+        set_page(a, page, page + 1)
+        set_page(b, page, page + 1)
+    wanted = list(range(1, pages + 1))
+    for change in range(1, 4):
+        snapshots = [a.snapshot(), b.snapshot()]
+        seen = [first_words(s) for s in snapshots]
+        assert seen == [wanted, wanted]
+        for page in range(change, pages, change):
+            for array in (a, b):
+                set_page(array, page, 1000 * change + page)
+        assert [first_words(s) for s in snapshots] == seen
+        wanted = first_words(a)
+        assert first_words(b) == wanted
+    pool.check()
+
+
+def test_is_what_a_fork_needs_kept_for_the_next_and_given_back(pool: pyswap.Pool) -> None:
+    """Memory for a child's page ids and map, which costs more than the rest of a fork."""
+    a = made(pool, 1 << 10)
+
+    def fork_once() -> None:
+        with workers(a, 1) as (child,):
+            assert child.ask(first_words) == list(range(1, (1 << 10) + 1))
+
+    before = pool.stats().metadata_bytes
+    fork_once()
+    # The array's own map and references stay; a child has a map and two runs of page ids.
+    own, child = (8 + 4) * len(a) // WORDS, (8 + 2 * (8 + 4)) * len(a) // WORDS
+    kept = pool.stats().metadata_bytes
+    assert kept >= before + own + child
+    until(lambda: pool.stats().workers == 1, "the child is gone")
+    until(lambda: pool.stats().metadata_bytes <= kept - child, "what was kept is given back")
+    fork_once()
+    assert pool.stats().metadata_bytes <= kept
+    pool.check()
+
+
 def test_has_a_shared_array_no_snapshot(pool: pyswap.Pool) -> None:
     with pytest.raises(TypeError, match="every process sees every write"):
         pool.zeros(3).snapshot()

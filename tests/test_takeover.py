@@ -531,6 +531,21 @@ def test_are_private_pages_shared_yet_after_a_takeover(small: pyswap.Pool) -> No
     assert column_of(a, 0)[:11] == [-1] * 10 + [int(values(PAGES)[10, 0])]
 
 
+def test_is_memory_for_the_next_fork_given_back_whose_swapper_dies(small: pyswap.Pool) -> None:
+    a = small.zeros(4 * FRAMES * WORDS, np.int64, private=True)
+    a[::WORDS] = np.arange(4 * FRAMES)
+    with workers(a, 1) as (child,):
+        assert child.ask(np.sum) == 2 * FRAMES * (4 * FRAMES - 1)
+    until(lambda: small.stats().workers == 1, "the child is gone")
+    kept = small.stats().metadata_bytes
+    pid = kill_swapper(small)
+    until(lambda: small.swapper_pid != pid, "another swapper has taken over")
+    # A map of a child, and two runs of page ids.
+    spare = (8 + 2 * (8 + 4)) * 4 * FRAMES
+    until(lambda: small.stats().metadata_bytes <= kept - spare, "what was kept is given back")
+    assert a[WORDS * 127] == 127
+
+
 def test_does_a_fork_during_a_takeover_get_its_arrays(small: pyswap.Pool) -> None:
     a = small.zeros((PAGES, WORDS), np.int64)
     b = small.ones((20, WORDS), np.int64, private=True)

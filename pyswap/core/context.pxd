@@ -144,6 +144,8 @@ cdef struct pool_t:
     uint64_t *map_entries       # the table of maps
     uint64_t **maps             # by region id: its page ids by index, there; NULL: base + index
     pin_t *pins                 # MAX_PINS
+    uint64_t *written           # a row of groups.pxd: a frame of the group may be WRITABLE
+    uint64_t *touched           # a row for each worker: a frame of the group may have it as a mapper
     uint32_t **places           # by object id: see family.pxd; NULL: no page of it was ever moved
 
 

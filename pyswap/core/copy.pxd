@@ -300,7 +300,7 @@ cdef inline int copy_start(
     # From the end on: what is under way is always the last pages of a run.
     while k:
         k -= 1
-        add_mapper(&pool.frames[run.new[k]], region.worker)
+        add_mapper(pool, &pool.frames[run.new[k]], region.worker)
         frame_used(pool, &pool.frames[run.new[k]])
         frame_pin(pool, &pool.frames[run.new[k]], True)
         map_put(pool, r, index + k, (run.page + k) | COPYING)

@@ -29,6 +29,7 @@ from pyswap.core.frame cimport (
     frame_trylock,
     word_generation,
 )
+from pyswap.core.groups cimport GROUP_FRAMES, group_end, group_note, group_take, group_words, groups_count
 from pyswap.core.kernel cimport file_allocate
 from pyswap.core.layout cimport (
     FRAME_NONE,
@@ -77,6 +78,7 @@ cdef extern from *:
 
 cdef enum:
     PROTECT_RANGES = 64
+    FEW_PAGES = 8               # so many times fewer than the frames that would be looked at instead
     EARLY_COPY_WAIT_NS = 1_000_000_000
 
 cdef struct share_t:            # a region, and the one that shares its pages from here on
@@ -300,18 +302,28 @@ cdef inline bint writable_key(pool_t *pool, region_id r, frame_t *frame, uint64_
 cdef inline uint32_t writable_keys(pool_t *pool, region_id r, uint64_t *keys) noexcept nogil:
     """The places of pages that the region may have mapped writable, in order.
 
-    Through the frames, or through the pages where these are fewer: a fork of many small arrays looks at each once.
+    Through the frames that were written, or through the pages where these are far fewer: a fork of many small arrays
+    looks at each once.  Only a look at the frames leaves the next fork fewer of them.
     """
-    cdef uint64_t i, pte, pages = pool.regions[r].pages
+    cdef uint64_t i, pte, group, pages = pool.regions[r].pages
     cdef uint32_t n = 0
-    if pages < pool.header.frame_count:
+    cdef frame_id f
+    cdef bint any
+    if FEW_PAGES * pages < GROUP_FRAMES * groups_count(pool, pool.written):
         for i in range(pages):
             pte = pte_read(pool, region_page(pool, r, <int64_t>i) & PAGE_MASK)
             if pte_is_frame(pte):
                 n += writable_key(pool, r, &pool.frames[pte_frame(pte)], &keys[n])
         return n
-    for i in range(pool.header.frame_count):
-        n += writable_key(pool, r, &pool.frames[i], &keys[n])
+    for group in range(group_words(pool.header.frame_count) * 64):
+        if not group_take(pool.written, group):
+            continue
+        any = False
+        for f in range(<frame_id>(group * GROUP_FRAMES), group_end(pool, group)):
+            any = any or frame_has(&pool.frames[f], WRITABLE)
+            n += writable_key(pool, r, &pool.frames[f], &keys[n])
+        if any:
+            group_note(pool, pool.written, &pool.frames[group * GROUP_FRAMES])
     qsort(keys, n, sizeof(uint64_t), compare_keys)
     return n
 

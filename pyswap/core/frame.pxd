@@ -21,6 +21,7 @@ Do not keep a frame number across an unlock: look it up in the page table again.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport pool_t
+from pyswap.core.groups cimport group_note
 from pyswap.core.layout cimport (
     EVICTING,
     FILLING,
@@ -156,6 +157,7 @@ cdef inline void frame_set_dirty(pool_t *pool, frame_t *frame) noexcept nogil:
         frame_mark(frame, REDIRTIED)
     if not word & WRITABLE:
         frame_mark(frame, WRITABLE)
+        group_note(pool, pool.written, frame)
     if frame_mark(frame, DIRTY):
         failpoint_visit(pool.header, FP_FRAME_DIRTY)
         addi64(&pool.header.dirty_count, 1)
@@ -378,13 +380,6 @@ cdef inline frame_id frame_claim(pool_t *pool, uint32_t keep) noexcept nogil:
     frame.pins = 0
     frame.writable_pins = 0
     return f
-
-
-cdef inline void frame_forget_mapper(frame_t *frame, worker_id worker) noexcept nogil:
-    """The worker's memory is gone: its number will be another's."""
-    # Most frames were never its: they are only read.
-    if load64(&frame.mappers[worker >> 6]) & (<uint64_t>1 << (worker & 63)):
-        and64(&frame.mappers[worker >> 6], ~(<uint64_t>1 << (worker & 63)))
 
 
 cdef inline frame_id frame_claim_wait(pool_t *pool, uint64_t deadline_ns) noexcept nogil:

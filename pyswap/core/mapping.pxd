@@ -24,6 +24,7 @@ from pyswap.core.frame cimport (
     frame_trylock,
     frame_unmark,
 )
+from pyswap.core.groups cimport GROUP_FRAMES, group_end, group_note, group_take, group_words, touched_row
 from pyswap.core.layout cimport (
     C_READAHEAD_HITS,
     FRAME_NONE,
@@ -35,7 +36,7 @@ from pyswap.core.layout cimport (
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport load64, or64
+from pyswap.core.lock cimport and64, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
@@ -59,8 +60,27 @@ cdef inline bint is_mapper(frame_t *frame, worker_id worker) noexcept nogil:
     return (load64(&frame.mappers[worker >> 6]) >> (worker & 63)) & 1
 
 
-cdef inline void add_mapper(frame_t *frame, worker_id worker) noexcept nogil:
+cdef inline void add_mapper(pool_t *pool, frame_t *frame, worker_id worker) noexcept nogil:
     or64(&frame.mappers[worker >> 6], <uint64_t>1 << (worker & 63))
+    group_note(pool, touched_row(pool, worker), frame)
+
+
+cdef inline void forget_mapper(frame_t *frame, worker_id worker) noexcept nogil:
+    """Nothing of the frame is mapped for the worker any more."""
+    # Most frames were never its: they are only read.
+    if is_mapper(frame, worker):
+        and64(&frame.mappers[worker >> 6], ~(<uint64_t>1 << (worker & 63)))
+
+
+cdef inline void mapper_end(pool_t *pool, worker_id worker) noexcept nogil:
+    """The worker's memory is gone: its number will be another's."""
+    cdef uint64_t *row = touched_row(pool, worker)
+    cdef uint64_t group
+    cdef frame_id f
+    for group in range(group_words(pool.header.frame_room) * 64):
+        if group_take(row, group):
+            for f in range(<frame_id>(group * GROUP_FRAMES), group_end(pool, group)):
+                forget_mapper(&pool.frames[f], worker)
 
 
 cdef inline int map_run(
@@ -77,7 +97,7 @@ cdef inline int map_run(
             frame_set_dirty(pool, frame)
         else:
             writable = maps_writable(pool, frame, False)
-        add_mapper(frame, pool.regions[r].worker)
+        add_mapper(pool, frame, pool.regions[r].worker)
         frame_used(pool, frame)
     rc = engine_map(pool, r, generation, index, n, writable, &existed)
     if rc == 0 and existed:

@@ -39,7 +39,7 @@ from pyswap.core.family cimport (
     page_put,
     places_begin,
 )
-from pyswap.core.frame cimport frame_forget_mapper, frame_trylock
+from pyswap.core.frame cimport frame_trylock
 from pyswap.core.layout cimport (
     MAX_BATCH_PAGES,
     family_t,
@@ -59,6 +59,7 @@ from pyswap.core.lock cimport (
     store32,
     store64,
 )
+from pyswap.core.mapping cimport forget_mapper
 from pyswap.core.page cimport page_is_pinned
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport COPYING, HOLE, PAGE_MASK, gate_open, gate_shut, is_hole, region_page
@@ -216,7 +217,7 @@ cdef inline bint page_settled(pool_t *pool, region_id r, page_id page, int64_t i
         if frame_trylock(frame):
             if pte_read(pool, page) == pte:
                 frame.index = <uint64_t>index
-                frame_forget_mapper(frame, pool.regions[r].worker)
+                forget_mapper(frame, pool.regions[r].worker)
                 page_unlock(pool, frame)
                 return True
             page_unlock(pool, frame)

@@ -19,12 +19,14 @@ What was about to be mapped by an attendant may be mapped or not.  It gets the o
 its copies stay pinned until that is answered.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from pyswap.core.context cimport pool_t
 from pyswap.core.copy cimport copy_recover
 from pyswap.core.engine cimport engine_remap
 from pyswap.core.family cimport family_of, is_own_page, object_commits, page_put, places_begin
 from pyswap.core.frame cimport DIRTY, frame_has, frame_pin, frame_push_free, frame_recover, frame_state
+from pyswap.core.groups cimport group_words, touched_row
 from pyswap.core.hold cimport hold_finish
 from pyswap.core.kernel cimport file_allocate, file_has_data, uffd_wake
 from pyswap.core.layout cimport (
@@ -129,6 +131,8 @@ cdef inline void lives_repair(pool_t *pool) noexcept nogil:
         store32(&pool.header.failpoints[i].parked, 0)
     for i in range(<uint32_t>MAX_WORKERS):
         life_recover(&pool.workers[i].word, pool.workers[i].place == PLACE_TAKEN)
+        if pool.workers[i].place == PLACE_TAKEN:
+            memset(touched_row(pool, i), 0xFF, group_words(pool.header.frame_room) * 8)
     for i in range(pool.header.object_high):
         life_recover(&pool.objects[i].word, pool.objects[i].pages != 0)
         if pool.objects[i].pages and pool.objects[i].is_private:
