@@ -164,6 +164,7 @@ COUNTER_NAMES = (
     "slot_writes", "read_calls", "write_calls", "clean_drops", "zero_drops", "write_ahead_pages", "readahead_pages",
     "readahead_hits", "evictions", "redirtied_pages", "slot_steals", "read_errors", "write_errors", "poisoned_pages",
     "cow_copies", "cow_remaps", "refaults", "activations", "file_reads", "checksum_errors",
+    "peak_resident_pages", "peak_slots", "peak_committed_pages",
 )
 STATE_NAMES = ("free", "filling", "present", "writeback", "evicting", "offline", "retired")
 

@@ -36,7 +36,9 @@ def cli() -> None:
 @click.option(
     "--memory", default="0.5", show_default=True, help="Budget: bytes, a size as 2G, or a share."
 )
-@click.option("--swap", help="Size of the swap area; four times the memory by default.")
+@click.option(
+    "--swap", help="Size of swap; four times the memory, or half of what the disk has free."
+)
 @click.option(
     "--overcommit", is_flag=True, help="Allow arrays that memory and swap could not hold."
 )

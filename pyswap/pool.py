@@ -59,7 +59,8 @@ class Pool:
         smaller. Pages of arrays in memory never take more, at any instant, in all processes
         together.
     swap : int or str, optional
-        Bytes of swap; four times the budget by default, 0 for none.
+        Bytes of swap; 0 for none. By default four times the budget, or half of what the disk has
+        free, where that is less.
     swap_path : path, optional
         A folder, or a file that does not exist yet; it has no name once the pool is made. By
         default ``$PYSWAP_DIR``, else the temporary folder, or /var/tmp where that is a tmpfs.

@@ -34,7 +34,9 @@ from .sizes import format_size
 __all__ = ["Plan", "join", "run"]
 
 LOOK_S = 0.1
-"""Seconds between two looks at what the processes have in memory."""
+"""Seconds between two looks at what the processes have in memory, at most."""
+FIRST_LOOK_S = 0.005
+"""Between the first two: the time in between grows with that the program has run."""
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -53,21 +55,13 @@ class Plan:
 
 @dataclass
 class _Usage:
-    """The most that was seen."""
+    """The most anonymous memory that each process was seen with; the kernel keeps no record."""
 
-    resident_bytes: int = 0
-    swap_bytes: int = 0
-    committed_bytes: int = 0
     anonymous: dict[int, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
 
-    def look(self, pool: Pool, pids: Sequence[int]) -> None:
-        """See what the pool and its processes have now."""
-        stats = pool.stats()
-        resident = stats.resident_pages * pool.page_size
-        self.resident_bytes = max(self.resident_bytes, resident)
-        self.swap_bytes = max(self.swap_bytes, stats.swap_used_bytes)
-        self.committed_bytes = max(self.committed_bytes, stats.committed_bytes)
+    def look(self, pids: Sequence[int]) -> None:
+        """See what processes have now."""
         for pid in pids:
             # It may have ended by now.
             with suppress(OSError, ValueError):
@@ -159,12 +153,14 @@ def _watch(child: subprocess.Popen[bytes], pool: Pool, usage: _Usage) -> None:
     """Look at the processes until the program has ended."""
     poll = select.poll()
     pidfd = os.pidfd_open(child.pid)
+    began = time.monotonic()
     try:
         poll.register(pidfd, select.POLLIN)
         while True:
             pids = {*pool._control().workers(), child.pid} - {os.getpid()}
-            usage.look(pool, sorted(pids))
-            if poll.poll(LOOK_S * 1000):
+            usage.look(sorted(pids))
+            pause_s = min(LOOK_S, max(FIRST_LOOK_S, (time.monotonic() - began) / 10))
+            if poll.poll(pause_s * 1000):
                 return
     finally:
         os.close(pidfd)
@@ -173,13 +169,14 @@ def _watch(child: subprocess.Popen[bytes], pool: Pool, usage: _Usage) -> None:
 def _tell(plan: Plan, pool: Pool, usage: _Usage, status: int, seconds: float) -> None:
     """One line on stderr, and the rest as JSON where that was asked for."""
     stats = pool.stats()
+    resident_bytes = stats.peak_resident_pages * stats.page_size
     each = ", ".join(
         f"{usage.names[pid]} {pid} {format_size(size)}"
         for pid, size in sorted(usage.anonymous.items())
     )
     line = (
-        f"pyswap: at most {format_size(usage.resident_bytes)} of {format_size(pool.memory)} memory "
-        f"and {format_size(usage.swap_bytes)} of {format_size(stats.swap_bytes)} swap, "
+        f"pyswap: at most {format_size(resident_bytes)} of {format_size(pool.memory)} memory "
+        f"and {format_size(stats.peak_swap_used_bytes)} of {format_size(stats.swap_bytes)} swap, "
         f"{stats.evictions} evictions, {seconds:.1f} s; beside it, anonymous memory: {each}\n"
     )
     sys.stderr.write(line)
@@ -189,9 +186,9 @@ def _tell(plan: Plan, pool: Pool, usage: _Usage, status: int, seconds: float) ->
         "command": _arguments(plan),
         "exit_status": status,
         "seconds": seconds,
-        "peak_resident_bytes": usage.resident_bytes,
-        "peak_swap_bytes": usage.swap_bytes,
-        "peak_committed_bytes": usage.committed_bytes,
+        "peak_resident_bytes": resident_bytes,
+        "peak_swap_bytes": stats.peak_swap_used_bytes,
+        "peak_committed_bytes": stats.peak_committed_bytes,
         "processes": [
             {"pid": pid, "name": usage.names[pid], "peak_anonymous_bytes": size}
             for pid, size in sorted(usage.anonymous.items())

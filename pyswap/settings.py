@@ -107,7 +107,7 @@ def resolve(
     memory : int, str or float
         The budget: a size, or a fraction in (0, 1] of `available_memory()`; rounded down.
     swap : int or str, optional
-        A size, rounded up to whole pages. Four times the budget by default; 0 for none.
+        A size, rounded up to pages; 0: none. Four budgets by default, or half of a disk's room.
     swap_path : path, optional
         A folder, or a file that does not exist yet. By default ``$PYSWAP_DIR``, else the
         temporary folder, or /var/tmp where that one is on a tmpfs.
@@ -139,7 +139,8 @@ def resolve(
     frame_count = _check_frame_count(budget_bytes, page_bytes)
     memory_bytes = frame_count * page_bytes
     swap_bytes = _check_swap(swap, memory_bytes, page_bytes)
-    path, is_file = _check_swap_path(swap_path, swap_bytes)
+    step = page_bytes if swap is None else None
+    path, is_file, swap_bytes = _check_swap_path(swap_path, swap_bytes, step)
     return Settings(
         memory_bytes=memory_bytes,
         page_size=page_bytes,
@@ -180,7 +181,7 @@ def resolve_area(settings: Settings, path: object, size: SupportsIndex | str) ->
     swap_bytes = _check_swap(size, settings.memory_bytes, settings.page_size)
     if swap_bytes == 0:
         raise ValueError("size is 0, but a swap area must hold a page")
-    where, is_file = _check_swap_path(path, swap_bytes)
+    where, is_file, _ = _check_swap_path(path, swap_bytes)
     return replace(
         settings,
         swap_bytes=swap_bytes,
@@ -350,18 +351,22 @@ def _check_overcommit(overcommit: object) -> bool:
     return bool(number)
 
 
-def _check_swap_path(given: object, swap_bytes: int) -> tuple[Path | None, bool]:
-    """Return where the swap file goes, and whether that is the file and not its folder."""
+def _check_swap_path(
+    given: object, swap_bytes: int, step_bytes: int | None = None
+) -> tuple[Path | None, bool, int]:
+    """Return where the swap file goes, whether that is the file and not its folder, and its size.
+
+    With a step, for nobody said how much, it is no more than half of what is free.
+    """
     if given is not None:
         path, is_file = _check_place(given, "swap_path")
     elif swap_bytes == 0:
-        return None, False
+        return None, False, 0
     else:
         path, is_file = swap_folder(), False
     folder_path = path.parent if is_file else path
     _check_writable(folder_path)
-    _check_room(folder_path, swap_bytes)
-    return path, is_file
+    return path, is_file, _check_room(folder_path, swap_bytes, step_bytes)
 
 
 def _check_place(given: object, what: str) -> tuple[Path, bool]:
@@ -419,17 +424,22 @@ def _check_writable(folder: Path) -> None:
             raise
 
 
-def _check_room(folder: Path, swap_bytes: int) -> None:
+def _check_room(folder: Path, swap_bytes: int, step_bytes: int | None) -> int:
     room = os.statvfs(folder)
-    free_bytes = room.f_bavail * room.f_frsize
     # Some network file systems do not know their size, and answer 0 blocks.
-    if room.f_blocks and free_bytes < swap_bytes:
+    if not room.f_blocks:
+        return swap_bytes
+    free_bytes = room.f_bavail * room.f_frsize
+    if step_bytes is not None:
+        swap_bytes = min(swap_bytes, max(1, free_bytes // 2 // step_bytes) * step_bytes)
+    if free_bytes < swap_bytes:
         raise OSError(
             errno.ENOSPC,
             f"swap needs {format_size(swap_bytes)} ({swap_bytes} bytes), but the disk has only "
             f"{format_size(free_bytes)} ({free_bytes} bytes) free",
             str(folder),
         )
+    return swap_bytes
 
 
 @dataclass(frozen=True)

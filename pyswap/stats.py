@@ -50,6 +50,8 @@ class Stats:
     cow_copies, cow_remaps : int
         Pages of private arrays copied because one of several sharers wrote to them; the runs of
         neighbours in which they were mapped.
+    peak_resident_pages, peak_swap_used_bytes, peak_committed_bytes : int
+        The most of them there was at once since the pool was made.
     checksum_errors : int
         Pages whose slot gave back other bytes than were written; read errors are counted with them.
     refaults, activations : int
@@ -100,6 +102,9 @@ class Stats:
     activations: int
     file_reads: int
     checksum_errors: int
+    peak_resident_pages: int
+    peak_swap_used_bytes: int
+    peak_committed_bytes: int
     workers: int
 
     @classmethod
@@ -115,6 +120,8 @@ class Stats:
             swap_bytes=numbers["slot_count"] * page,
             swap_used_bytes=numbers["slots_used"] * page,
             committed_bytes=numbers["committed_pages"] * page,
+            peak_swap_used_bytes=numbers["peak_slots"] * page,
+            peak_committed_bytes=numbers["peak_committed_pages"] * page,
             in_transit_bytes=numbers["in_transit_pages"] * page,
             workers=workers,
         )

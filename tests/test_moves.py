@@ -145,6 +145,22 @@ def test_is_who_waits_for_a_page_woken_that_was_asked_for_before_it_moved(memory
     assert (a[:N] == np.arange(N)).all()
 
 
+def test_is_who_waits_for_a_page_woken_that_was_resident_when_it_moved(memory: Any) -> None:
+    a = np.arange(N)
+    page = page_id(memory, a)
+    assert grown(a, N + 512)
+    assert state_of(memory, page) == "present"
+    with Failpoint(memory, "frame_evicting", "park") as evicting:
+        out = Thread(lambda: memory.advise(a[:512], "pageout"))
+        evicting.wait_parked()
+        reader = Thread(lambda: touch(a))
+        wait_for_waiters(memory, page)
+        evicting.release()
+        reader.end()
+        out.end()
+    assert (a[:N] == np.arange(N)).all()
+
+
 # Deaths.
 
 

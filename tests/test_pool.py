@@ -591,7 +591,7 @@ def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
     whole = pool.empty((1600, PAGE), np.uint8)
     pool.advise(whole, "random")
     before = start = pool.stats()
-    assert start.committed_bytes == whole.nbytes
+    assert start.committed_bytes == start.peak_committed_bytes == whole.nbytes
     assert start.workers == 1
     assert start.resident_pages == start.dirty_pages == start.swap_used_bytes == 0
 
@@ -609,13 +609,14 @@ def test_do_the_numbers_follow_a_known_workload(pool: Any) -> None:
     n = len(pages)
     assert step() == {
         "minor_faults": n, "zero_fills": n, "resident_pages": n, "free_frames": -n,
-        "dirty_pages": n,
+        "dirty_pages": n, "peak_resident_pages": n,
     }  # fmt: skip
     # To swap: as many slots as pages, and few calls.
     page_out(pool, whole, pages)
     assert step() == {
         "evictions": n, "slot_writes": n, "write_calls": n, "swap_used_bytes": n * PAGE,
         "resident_pages": -n, "free_frames": n, "dirty_pages": -n,
+        "peak_swap_used_bytes": n * PAGE,
     }  # fmt: skip
     # Back by reading: a read each, and clean.
     assert [whole[page, 5] for page in pages] == [page % 251 + 1 for page in pages]
@@ -672,6 +673,8 @@ def test_do_the_numbers_agree_with_each_other_under_pressure(pool: Any, seed: in
     assert s.evictions > 2000
     assert s.resident_pages + s.free_frames + s.offline_frames == frames
     assert s.resident_pages == pool.residency(a).sum()
+    assert s.resident_pages <= s.peak_resident_pages <= frames
+    assert s.swap_used_bytes <= s.peak_swap_used_bytes <= s.swap_bytes
     assert s.dirty_pages <= s.resident_pages
     assert s.swap_used_bytes <= s.slot_writes * PAGE
     assert s.swap_used_bytes <= s.swap_bytes

@@ -206,6 +206,19 @@ def test_does_the_report_tell_what_was_used(tmp_path: Path) -> None:
     assert str(own["pid"]) in told.stderr
 
 
+def test_is_all_told_that_was_used_for_a_moment(tmp_path: Path) -> None:
+    """It is given back, and the program over, before anybody could look."""
+    report = tmp_path / "report.json"
+    told = run("--report", report, script(tmp_path, "import numpy as np\nnp.ones(1 << 19)"))
+    assert told.returncode == 0, told.stderr
+    read = json.loads(report.read_text())
+    assert read["stats"]["resident_pages"] == read["stats"]["committed_bytes"] == 0
+    assert read["peak_resident_bytes"] == read["peak_committed_bytes"] == 4 * MIB
+    assert read["peak_swap_bytes"] == 0
+    used = "at most 4.0 MiB of 8.0 MiB memory and 0 B of 64.0 MiB swap"
+    assert told.stderr.startswith(f"pyswap: {used}")
+
+
 def test_does_a_program_end_by_the_signal_that_it_was_sent(tmp_path: Path) -> None:
     program = script(
         tmp_path, "import os, signal\nprint('up', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"

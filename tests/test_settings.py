@@ -429,6 +429,19 @@ def test_does_a_small_disk_refuse_exactly_what_is_over_its_room(tmp_path: Path) 
             resolve("16 MiB", (8 << 20) + 1, disk)
 
 
+def test_takes_swap_half_of_a_small_disk_where_nobody_said_how_much(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=8m") as disk:
+        for path in (disk, disk / "swap"):
+            assert resolve("16 MiB", swap_path=path).swap_bytes == 4 << 20
+        assert resolve("1 MiB", swap_path=disk).swap_bytes == 4 << 20
+        (disk / "full").write_bytes(bytes(8 << 20))
+        with pytest.raises(OSError, match="swap needs") as caught:
+            resolve("16 MiB", swap_path=disk)
+        assert caught.value.errno == errno.ENOSPC
+    with mounted("ramfs", tmp_path / "disk") as disk:
+        assert resolve("16 MiB", swap_path=disk).swap_bytes == 64 << 20
+
+
 def test_is_a_file_system_that_does_not_know_its_room_believed(tmp_path: Path) -> None:
     with mounted("ramfs", tmp_path / "disk") as disk:
         assert os.statvfs(disk).f_blocks == 0

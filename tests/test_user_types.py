@@ -48,6 +48,24 @@ try:
 except (pyswap.SwapFullError, pyswap.GoneError, pyswap.PoolClosedError) as error:
     known: pyswap.Error = error
 mode: str = pyswap.engine_mode()
+
+
+def by_the_default_pool(path: str) -> int:
+    pyswap.configure("32 MiB", swap="64 MiB")
+    a: pyswap.PagedArray = pyswap.zeros_like(pyswap.full((2, 3), 1.0))
+    name: str | None = a.name
+    found: pyswap.Pool | pyswap.PagedArray = pyswap.attach(name or "pool/array")
+    block = pyswap.SharedMemory(create=True, size=100)
+    view: memoryview = block.buf
+    items = pyswap.ShareableList([1, "two", None])
+    block.close()
+    block.unlink()
+    with pyswap.numpy_memory(pyswap.default_pool(), threshold="1 MiB"):
+        np.ones(3)
+    pyswap.numpy_memory(pyswap.default_pool()).install()
+    read: pyswap.PagedArray = pyswap.fromfile(path, np.int64, count=3)
+    dropped: int = pyswap.default_pool().drop_transit(older_than_s=1.0)
+    return len(view) + len(items) + read.size + dropped + isinstance(found, pyswap.Pool)
 """
 
 WRONG = {
@@ -57,6 +75,9 @@ WRONG = {
     "pool.load('a.npy', progress=lambda done: None)": "arg-type",
     "pool.stats().nothing": "attr-defined",
     "pool.release('a')": "arg-type",
+    "pyswap.SharedMemory(create=True, size='8')": "arg-type",
+    "pyswap.numpy_memory(a)": "arg-type",
+    "pyswap.attach(pool)": "arg-type",
 }
 
 

@@ -5,6 +5,9 @@ Everything here can be rebuilt from the control segment and the workers' descrip
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyswap.core.layout cimport (
+    C_PEAK_RESIDENT,
+    PRESENT,
+    WRITEBACK,
     copy_t,
     family_t,
     frame_id,
@@ -20,7 +23,7 @@ from pyswap.core.layout cimport (
     worker_id,
     worker_t,
 )
-from pyswap.core.lock cimport add64, mutex_t
+from pyswap.core.lock cimport add64, cas64, load64, loadi64, mutex_t
 
 cdef enum:
     STREAMS = 8                 # access streams followed in one region
@@ -151,6 +154,18 @@ cdef struct pool_t:
 
 cdef inline void count(pool_t *pool, int which, uint64_t n) noexcept nogil:
     add64(&pool.header.counters[which], n)
+
+
+cdef inline void count_most(pool_t *pool, int which, uint64_t now) noexcept nogil:
+    """Keep the most that there was at once."""
+    cdef uint64_t most = load64(&pool.header.counters[which])
+    while now > most and not cas64(&pool.header.counters[which], most, now):
+        most = load64(&pool.header.counters[which])
+
+
+cdef inline void count_resident(pool_t *pool) noexcept nogil:
+    cdef int64_t *now = pool.header.state_count
+    count_most(pool, C_PEAK_RESIDENT, <uint64_t>(loadi64(&now[PRESENT]) + loadi64(&now[WRITEBACK])))
 
 
 cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:

@@ -14,8 +14,8 @@ its first reference, or moves it, before a map has the page there.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 
-from pyswap.core.context cimport pool_t
-from pyswap.core.layout cimport NO_EXTENT, family_t, object_id, page_id
+from pyswap.core.context cimport count_most, pool_t
+from pyswap.core.layout cimport C_PEAK_COMMITTED, NO_EXTENT, family_t, object_id, page_id
 from pyswap.core.lock cimport (
     FP_PAGE_DROPPED,
     FP_PAGE_SHARED,
@@ -73,6 +73,7 @@ cdef inline bint commit_take(pool_t *pool, uint64_t pages) noexcept nogil:
         if not pool.header.overcommit and committed + pages > load64(&pool.header.commit_limit_pages):
             return False
         if cas64(&pool.header.committed_pages, committed, committed + pages):
+            count_most(pool, C_PEAK_COMMITTED, committed + pages)
             return True
 
 

@@ -20,7 +20,7 @@ Do not keep a frame number across an unlock: look it up in the page table again.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport pool_t
+from pyswap.core.context cimport count_resident, pool_t
 from pyswap.core.groups cimport group_note
 from pyswap.core.layout cimport (
     EVICTING,
@@ -191,6 +191,7 @@ cdef inline void frame_set_present(pool_t *pool, frame_t *frame) noexcept nogil:
         frame_move(pool, frame, WRITEBACK, PRESENT)
     else:
         frame_move(pool, frame, FILLING, PRESENT)
+        count_resident(pool)
     failpoint_visit(pool.header, FP_FRAME_PRESENT)
 
 

@@ -130,6 +130,10 @@ cdef enum:
     C_ACTIVATIONS
     C_FILE_READS
     C_CHECKSUM_ERRORS
+    # The most there was at once:
+    C_PEAK_RESIDENT
+    C_PEAK_SLOTS
+    C_PEAK_COMMITTED
 
 # The frame's states.
 cdef enum:

@@ -13,12 +13,13 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pyswap.core.area cimport area_rests
 from pyswap.core.checksum cimport checksum_of
-from pyswap.core.context cimport pool_t
+from pyswap.core.context cimport count_most, pool_t
 from pyswap.core.kernel cimport file_allocate
 from pyswap.core.layout cimport (
     AREA_OFF,
     AREA_ON,
     AREA_SHIFT,
+    C_PEAK_SLOTS,
     MAX_AREAS,
     SLOT_CHUNK,
     SLOT_NONE,
@@ -36,6 +37,7 @@ from pyswap.core.lock cimport (
     addi64,
     failpoint_visit,
     load64,
+    loadi64,
     mutex_lock,
     mutex_unlock,
     now_ns,
@@ -164,6 +166,7 @@ cdef inline uint32_t slots_reserve(pool_t *pool, uint32_t wanted, slot_id *first
         pool.header.areas[k].cursor = at + n - (<uint64_t>k << AREA_SHIFT)
         pool.header.areas[k].used += n
         addi64(&pool.header.slots_used, n)
+        count_most(pool, C_PEAK_SLOTS, <uint64_t>loadi64(&pool.header.slots_used))
         first[0] = <slot_id>at
     for i in range(n):
         store64(&pool.slots[at + i].word, slot_make(SLOT_RESERVED, pool.header.swapper_generation, 0))
