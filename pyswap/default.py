@@ -8,6 +8,7 @@ come from a server that ran before: children, however they are started, use thei
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from .address import Address
 from .errors import PoolClosedError
 from .joining import attachment_for
 from .pool import Pool, pool_at
+from .settings import resolve
 
 __all__ = [
     "array",
@@ -81,6 +83,8 @@ def configure(*args: Any, **kwargs: Any) -> None:
     ------
     RuntimeError
         If it is in use already, in this process or in an ancestor.
+    TypeError, ValueError, OSError
+        As `Pool` does; what was said before holds then.
     """
     global _arguments
     if os.environ.get(RUN):
@@ -92,6 +96,8 @@ def configure(*args: Any, **kwargs: Any) -> None:
                 "the default pool is in use already: call pyswap.configure() before the first "
                 "array is made, in the first process, or resize the pool"
             )
+        given = inspect.signature(Pool).bind(*args, **kwargs)
+        resolve(*given.args, **given.kwargs)
         _arguments = args, kwargs
 
 

@@ -123,6 +123,30 @@ def test_does_configure_come_before_the_environment_and_once(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ("configure('lots')", ValueError),
+        ("configure('8 MiB', swap='many')", ValueError),
+        ("configure(swap='8 MiB')", TypeError),
+        ("configure('8 MiB', size=3)", TypeError),
+        ("configure('8 MiB', swap_path='/nowhere/at/all')", FileNotFoundError),
+    ],
+)
+def test_does_configure_refuse_at_once_what_a_pool_would(
+    tmp_path: Path, call: str, kind: type[Exception]
+) -> None:
+    run(
+        tmp_path,
+        "pyswap.configure('4 MiB', swap=0)",
+        f"try: pyswap.{call}",
+        f"except {kind.__name__}: pass",
+        "else: raise SystemExit('it was taken')",
+        "assert pyswap.zeros(3).sum() == 0",
+        "assert pyswap.default_pool().memory == 4 << 20",
+    )
+
+
 def test_does_a_child_whose_ancestor_has_ended_make_its_own(tmp_path: Path) -> None:
     with pyswap.Pool("8 MiB", "8 MiB", page_size=4096) as pool:
         import json
