@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Failpoint
+from failpoints import Failpoint, page_id, state_of
+from hands import page_out
 from workers import Worker, process_state, until, workers
 
 import pyswap
+from pyswap import protocol
 
 WORDS = 512
 """64-bit words of a page."""
@@ -194,6 +197,57 @@ def test_has_a_child_forked_in_the_middle_of_a_copy_what_was_there(tight: pyswap
             thread.join()
             assert first_words(a) == [*words[:7], -1, *words[8:]]
             assert child.ask(first_words) == words
+
+
+def write_all(a: Any) -> None:
+    a[::WORDS] += 1
+
+
+@pytest.mark.failpoint
+def test_is_a_fork_granted_that_waits_to_copy_a_page_whose_pin_ends(tight: pyswap.Pool) -> None:
+    children: list[Worker] = []
+    more = tight.zeros(2 * PAGES * WORDS, np.int64)
+    with workers(more, 1) as (other,):
+        other.ask(write_all)
+        a = made(tight, 20)
+        tight.advise(a, "random")
+        page_out(tight, a)
+        set_page(a, 0, -1)
+        first, numbers = page_id(tight, a), tight._control().numbers
+        forking = threading.Thread(target=lambda: children.append(Worker(a)))
+
+        def is_evicted() -> bool:
+            other.ask(write_all)
+            return state_of(tight, first) is None
+
+        with (
+            Failpoint(tight, "fill_locked", "park") as fill,
+            # The second page cannot be read, so that the pin of both comes to nothing.
+            Failpoint(tight, "fill_read", "errno", error=errno.EIO, limit=3),
+        ):
+            begin_pin(tight, a, 2)
+            fill.wait_parked()
+            assert numbers()["pinned_pages"] == 1
+            with Failpoint(tight, "frame_claim", "park") as claim:
+                # The child is to have a copy of the first, since it is pinned.
+                forking.start()
+                claim.wait_parked()
+                fill.release()
+                until(lambda: numbers()["pinned_pages"] == 0, "its pin has ended")
+                until(is_evicted, "the page is evicted")
+            forking.join()
+        try:
+            assert children[0].ask(first_words) == [-1, *range(2, 21)] == first_words(a)
+        finally:
+            children.pop().finish()
+
+
+def begin_pin(pool: pyswap.Pool, a: Any, pages: int) -> None:
+    """Ask for a pin and wait for no answer, as who is interrupted then."""
+    address = a.__array_interface__["data"][0]
+    message = {"op": "pin", "address": address, "ranges": [[0, pages]], "write": True}
+    assert pool._attachment._sock is not None
+    protocol.send(pool._attachment._sock, {**message, "pin": 0, "seq": 0})
 
 
 def store_without_gil(a: Any, page: int, value: int) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from counting import counting  # noqa: F401 - a fixture.
-from failpoints import Actor
+from failpoints import Actor, Failpoint
 from workers import Worker, until
 
 import pyswap
+from pyswap import config
 
 WORDS = 512
 PAGE_BYTES = 4096
@@ -229,6 +230,35 @@ print((a == 2).all(), pool.stats().cow_copies)
         [sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False
     )
     assert (result.returncode, result.stdout) == (0, "no fork\n" * 3 + "True 0\n"), result.stderr
+
+
+@pytest.mark.failpoint
+@pytest.mark.parametrize("busy", ["another thread", "the swapper"])
+def test_does_a_fork_end_in_time_that_cannot_be_prepared(
+    busy: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "FORK_TIMEOUT_S", 0.2)
+    with pyswap.Pool("1 MiB", "16 MiB", page_size=PAGE_BYTES) as pool:
+        a = made(pool, 48)
+        held = Failpoint(pool, "fork_copied", "park")
+        # Requests are made one at a time.
+        with pool._attachment._lock if busy == "another thread" else held:
+            pid = os.fork()
+            if pid == 0:
+                faulthandler.disable()
+                os._exit(int(a[0]) + 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGBUS
+        assert "the child will have no arrays" in caplog.text
+        # The records hold the error, and it the pool.
+        caplog.clear()
+        assert "touching 1 of its arrays is SIGBUS" in capfd.readouterr().err
+        # An answer that came too late is thrown away, and with it what was prepared.
+        pool.check()
+        is_alone(pool, a)
+        assert (a[::WORDS] == np.arange(1, 49)).all()
 
 
 @pytest.mark.core

@@ -305,13 +305,15 @@ class Machine(RuleBasedStateMachine):
             member.private.add(number)
 
     @precondition(lambda self: self.has_array("private"))
-    @rule(who=PICKS, which=PICKS, pages=ranges(FEW))
-    def snapshot(self, who: int, which: int, pages: slice) -> None:
+    @rule(who=PICKS, which=PICKS, pages=ranges(FEW), pinned=st.booleans())
+    def snapshot(self, who: int, which: int, pages: slice, pinned: bool) -> None:
         """Take one of pages that were written right before, and write to them right after."""
         member, arrays = self.with_array(who, "private")
         of, number = pick(arrays, which), next(self.numbers)
         if len(arrays) < PRIVATE:
             member.ask(add, of, pages, slice(None), 1)
+            if pinned:
+                self.pin_pages(member, of, pages, 2)
             member.ask(take_snapshot, number, of)
             member.private.add(number)
             member.ask(add, of, pages, slice(None), 1)
@@ -377,8 +379,14 @@ class Machine(RuleBasedStateMachine):
     @rule(who=PICKS, which=PICKS, pages=ranges(PINNED), value=VALUES | st.none())
     def pin(self, who: int, which: int, pages: slice, value: int | None) -> None:
         member, arrays = self.with_array(who)
+        self.pin_pages(member, pick(arrays, which), pages, value)
+
+    @staticmethod
+    def pin_pages(member: Member, number: int, pages: slice, value: int | None) -> None:
+        """Pin pages, unless the process has a pin; the first ones of many."""
         if not member.is_pinning:
-            member.ask(pin, pick(arrays, which), pages, value)
+            few = slice(pages.start, min(pages.stop, pages.start + PINNED))
+            member.ask(pin, number, few, value)
             member.is_pinning = True
 
     @precondition(lambda self: any(m.is_pinning for m in self.members))
@@ -391,13 +399,17 @@ class Machine(RuleBasedStateMachine):
     # Processes come and go, and work at once.
 
     @precondition(has_room)
-    @rule(who=PICKS, which=PICKS, pages=ranges(FEW), first=st.booleans())
-    def fork(self, who: int, which: int, pages: slice, first: bool) -> None:
+    @rule(
+        who=PICKS, which=PICKS, pages=ranges(FEW), first=st.booleans(), pinned=st.booleans()
+    )
+    def fork(self, who: int, which: int, pages: slice, first: bool, pinned: bool) -> None:
         """Fork one that has just written to pages, which either writes to right after."""
         member = pick(self.members, who)
         number = pick(sorted(member.private), which) if member.private else None
         if number is not None:
             member.ask(add, number, pages, slice(None), 1)
+            if pinned:
+                self.pin_pages(member, number, pages, 2)
         child = member.fork()
         self.members.append(child)
         if number is not None:
