@@ -518,9 +518,15 @@ class LoadsAt:
 def test_do_newcomers_who_say_nothing_keep_nobody_out(named: Any) -> None:
     a = named.zeros(10)
     silent = [newcomer(Address(*named.address())) for _ in range(2 * config.ATTACH_PENDING)]
+    # The eldest make room at once.
+    silent[0].settimeout(config.ATTACH_WAIT_S / 2)
+    assert silent[0].recv(1) == b""
     data = pickle.dumps(a)
     assert in_another(touch_pickled, data) == 10
     assert (np.asarray(a) == 7).all()
+    # The others go when they have had their time.
+    silent[-1].settimeout(4 * config.ATTACH_WAIT_S)
+    assert silent[-1].recv(1) == b""
     for sock in silent:
         sock.close()
     until(lambda: named.stats().workers == 1, "its process is gone")
