@@ -42,7 +42,7 @@ from pyswap.core.frame cimport (
     frame_state,
     reclaim_kick,
 )
-from pyswap.core.groups cimport group_words
+from pyswap.core.groups cimport GROUP_FRAMES, group_has, group_words, touched_row
 from pyswap.core.hold cimport hold_change
 from pyswap.core.kernel cimport (
     file_allocate,
@@ -1105,18 +1105,16 @@ cdef class Swapper:
             raise AssertionError(f"the store holds {blocks} bytes, its frames {held}")
 
     cdef check_mappers(self):
-        """Raise AssertionError where a frame has a mapper whose number is nobody's: it would be the next process's."""
+        """Raise AssertionError where a frame has a mapper that would not be forgotten at its end."""
         cdef pool_t *pool = self.pool
-        cdef uint64_t nobody[4]
-        cdef uint32_t w, f, i
-        memset(nobody, 0, sizeof(nobody))
-        for w in range(<uint32_t>MAX_WORKERS):
-            if pool.workers[w].place == layout.PLACE_FREE:
-                nobody[w >> 6] |= <uint64_t>1 << (w & 63)
+        cdef uint64_t bits
+        cdef uint32_t f, i, k
         for f in range(<uint32_t>pool.header.frame_count):
             for i in range(4):
-                if load64(&pool.frames[f].mappers[i]) & nobody[i]:
-                    raise AssertionError(f"frame {f} has a mapper that is gone")
+                bits = load64(&pool.frames[f].mappers[i])
+                for k in range(64 if bits else 0):
+                    if bits >> k & 1 and not group_has(touched_row(pool, 64 * i + k), f // GROUP_FRAMES):
+                        raise AssertionError(f"frame {f} has worker {64 * i + k} as a mapper, unknown to its group")
 
     cdef memory(self, uint64_t offset, uint64_t size):
         """Memory for records of the control segment before the first store: a full tmpfs would be SIGBUS."""

@@ -414,7 +414,7 @@ cdef class Control:
                           and word_resident(load64(&frames[pte_frame(pte)].word)))
 
     def frame(self, uint64_t page):
-        """The frame of a page id for tests: (number, state, waiting workers), or None."""
+        """The frame of a page id for tests: (number, state, waiting workers, mappers), or None."""
         cdef uint64_t *pages = <uint64_t *>(self.base + self.header.offset_pages)
         cdef frame_t *frames = <frame_t *>(self.base + self.header.offset_frames)
         cdef uint64_t pte = load64(&pages[page])
@@ -423,7 +423,8 @@ cdef class Control:
             return None
         f = pte_frame(pte)
         waiting = sum(int(load64(&frames[f].waiters[i])).bit_count() for i in range(4))
-        return f, STATE_NAMES[word_state(load64(&frames[f].word))], waiting
+        mappers = sum(int(load64(&frames[f].mappers[i])).bit_count() for i in range(4))
+        return f, STATE_NAMES[word_state(load64(&frames[f].word))], waiting, mappers
 
     def slot(self, uint64_t page):
         """The slot of a page id that is in swap only, for tests: (number, checksum), or None."""

@@ -55,9 +55,9 @@ def page_id(pool: Any, a: Any) -> int:
 # is held at a failpoint.
 
 
-def _frame(pool: Any, page: Any) -> tuple[int, str, int] | None:
+def _frame(pool: Any, page: Any) -> tuple[int, str, int, int] | None:
     number = page if isinstance(page, int) else page_id(pool, page)
-    found: tuple[int, str, int] | None = pool._control().frame(number)
+    found: tuple[int, str, int, int] | None = pool._control().frame(number)
     return found
 
 
@@ -71,6 +71,12 @@ def waiting_for(pool: Any, page: Any) -> int:
     """Count the workers whose faults wait for a page. For a view: its first page."""
     frame = _frame(pool, page)
     return frame[2] if frame else 0
+
+
+def mappers_of(pool: Any, page: Any) -> int:
+    """Count the workers that a page's frame has as mappers. For a view: its first page."""
+    frame = _frame(pool, page)
+    return frame[3] if frame else 0
 
 
 def wait_for_waiters(pool: Any, page: int, count: int = 1) -> None:

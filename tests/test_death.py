@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Failpoint, waiting_for
+from failpoints import Failpoint, mappers_of, page_id, waiting_for
 from workers import Worker, process_state, until, workers
 
 import pyswap
@@ -228,6 +228,17 @@ def told_progress(columns: int) -> Iterator[tuple[mmap.mmap, np.ndarray[Any, Any
     """Plain shared memory in which workers tell their progress, a word each."""
     told = mmap.mmap(-1, mmap.PAGESIZE)
     yield told, np.frombuffer(told, np.int64)[:columns]
+
+
+def test_is_a_worker_that_ends_no_mapper_of_what_it_had_mapped(pool: Any) -> None:
+    """Its number will be another's, which would be taken to have the pages mapped."""
+    a = pool.ones((1000, pool.page_size), np.uint8)
+    pages = [page_id(pool, a[i]) for i in range(0, 1000, 50)]
+    with workers(a[::50], 1) as (reader,):
+        assert reader.ask(np.sum) == len(pages) * pool.page_size
+        assert {mappers_of(pool, page) for page in pages} == {2}
+    until(lambda: pool.stats().workers == 1, "the worker is gone")
+    assert {mappers_of(pool, page) for page in pages} == {1}
 
 
 def test_are_all_counts_right_when_workers_are_killed_and_stopped_at_random(

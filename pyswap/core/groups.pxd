@@ -23,19 +23,21 @@ cdef inline uint64_t *touched_row(pool_t *pool, worker_id worker) noexcept nogil
     return &pool.touched[worker * group_words(pool.header.frame_room)]
 
 
+cdef inline bint group_has(uint64_t *row, uint64_t group) noexcept nogil:
+    return (load64(&row[group >> 6]) >> (group & 63)) & 1
+
+
 cdef inline void group_note(pool_t *pool, uint64_t *row, frame_t *frame) noexcept nogil:
     cdef uint64_t group = <uint64_t>(frame - pool.frames) // GROUP_FRAMES
-    cdef uint64_t bit = <uint64_t>1 << (group & 63)
-    if not load64(&row[group >> 6]) & bit:
-        or64(&row[group >> 6], bit)
+    if not group_has(row, group):
+        or64(&row[group >> 6], <uint64_t>1 << (group & 63))
 
 
 cdef inline bint group_take(uint64_t *row, uint64_t group) noexcept nogil:
     """Clear a group's bit; False if it was not set."""
-    cdef uint64_t bit = <uint64_t>1 << (group & 63)
-    if not load64(&row[group >> 6]) & bit:
+    if not group_has(row, group):
         return False
-    and64(&row[group >> 6], ~bit)
+    and64(&row[group >> 6], ~(<uint64_t>1 << (group & 63)))
     return True
 
 
