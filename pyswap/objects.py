@@ -316,16 +316,19 @@ class Objects:
         if o.private:
             self._tables.region_unshare(o.number, region.number)
         if region.map is not None:
-            self._end_map(o, region.map)
+            self._keep_map(o, region.map)
         self._tables.region_unpromise(region.number)
         self._region_numbers.returned.append(region.number)
         self._unrefer(o)
 
-    def _end_map(self, o: PagedObject, place: int) -> None:
-        """Give back a map, or keep it for the next fork."""
+    def _keep_map(self, o: PagedObject, place: int) -> None:
+        """Keep a map for the next fork, or give it back."""
         if o.number in self._families and o.number not in self._spare_maps:
             self._spare_maps[o.number] = place
-            return
+        else:
+            self._end_map(o, place)
+
+    def _end_map(self, o: PagedObject, place: int) -> None:
         self._tables.map_end(place, o.pages)
         self._maps.give_back(place, o.pages)
 
@@ -504,8 +507,7 @@ class Objects:
     def _end_spare_map(self, o: PagedObject) -> None:
         place = self._spare_maps.pop(o.number, None)
         if place is not None:
-            self._tables.map_end(place, o.pages)
-            self._maps.give_back(place, o.pages)
+            self._end_map(o, place)
 
     def _trim(self, o: PagedObject, children: int) -> None:
         """Give back runs of page ids beyond those for a family with so many children more."""
