@@ -129,7 +129,8 @@ def accesses(
     def work(a: Array, share: Share) -> Timed:
         seed = share.plan.seed + 1000 * salt + share.rank
         rows = draw(a, share, seed)
-        is_write = np.random.default_rng(seed).random(len(rows)) < written
+        # Numbers of their own: of those that drew the rows, the small ones are the popular rows.
+        is_write = np.random.default_rng((seed, 1)).random(len(rows)) < written
         source = _block(share.plan)[:BATCH_ROWS]
         target = np.empty_like(source)
 

@@ -16,7 +16,7 @@ from pyswap.core cimport layout
 from pyswap.core.ahead cimport ahead_serve
 from pyswap.core.checksum cimport checksum_of
 from pyswap.core.context cimport (
-    STREAMS,
+    NOBODY,
     attached_t,
     detector_t,
     pool_t,
@@ -61,6 +61,7 @@ from pyswap.core.layout cimport (
     FILE_COPY,
     FILE_NONE,
     FILE_READ,
+    FRAME_NONE,
     MAX_AREAS,
     MAX_BATCH_PAGES,
     MAX_COPIES,
@@ -308,7 +309,7 @@ cdef class Swapper:
         cdef uint8_t *base = <uint8_t *>map_file(pool.control_fd, self.control_size, True)
         if base == NULL:
             raise_errno(-errno, "pyswap: the control segment cannot be mapped")
-        pool.store = <uint8_t *>map_file(pool.store_fd, self.store_size, True)
+        pool.store = <uint8_t *>map_file(pool.store_fd, self.store_size, False)
         if pool.store == NULL:
             raise_errno(-errno, "pyswap: the page store cannot be mapped")
         not_inherited(pool.store, self.store_size)
@@ -1034,13 +1035,13 @@ cdef class Swapper:
         cdef uint64_t done = 0
         request.object = pool.regions[r].object
         request.generation = pool.regions[r].object_generation
-        request.stride = 1
+        request.stride = <int64_t>pool.page_bytes
         request.region = r
         request.region_generation = generation
-        request.stream = STREAMS
+        request.stream = NOBODY
         request.stream_generation = 0
         while done < count:
-            request.first = <int64_t>(first + done)
+            request.first = <int64_t>((first + done) << pool.page_shift)
             request.count = <uint32_t>min(count - done, <uint64_t>pool.header.chunk_pages)
             if not request_put(pool, &request):
                 break
@@ -1095,6 +1096,9 @@ cdef class Swapper:
         kept = [pool.header.state_count[i] for i in range(7)]
         if counts != kept or sum(counts) != pool.header.frame_count:
             raise AssertionError(f"frames by state: {counts} found, {kept} counted, {pool.header.frame_count} in all")
+        resident = counts[layout.PRESENT] + counts[layout.WRITEBACK]
+        if resident != pool.header.resident_count:
+            raise AssertionError(f"{resident} frames hold pages, {pool.header.resident_count} counted")
         self.check_mappers()
         if counts[layout.FREE] != pool.free_count:
             raise AssertionError(f"{counts[layout.FREE]} frames are free, the free list has {pool.free_count}")
@@ -1145,6 +1149,7 @@ cdef void want_for_pin(pool_t *pool, wanted_t *want, uint32_t o, uint32_t genera
     want.worker = worker
     want.sleeps = True
     want.patient = True
+    want.spare = <uint32_t>FRAME_NONE
     want.buffer = make_buffer(pool.page_bytes)
 
 

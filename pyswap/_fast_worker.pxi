@@ -375,6 +375,7 @@ cdef class Control:
         out["memory_pages"] = load64(&h.memory_pages)
         out["slot_count"] = h.slot_count
         out["slots_used"] = loadi64(&h.slots_used)
+        out["resident_pages"] = loadi64(&h.resident_count)
         out["dirty_pages"] = loadi64(&h.dirty_count)
         out["pinned_pages"] = loadi64(&h.pinned_count)
         out["committed_pages"] = load64(&h.committed_pages)

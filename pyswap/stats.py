@@ -34,7 +34,8 @@ class Stats:
         Minor faults that made a page of zeros; faults that met a page another thread was
         filling or evicting; faults that had to wait for a free frame.
     slot_reads, slot_writes, read_calls, write_calls : int
-        Pages read from and written to swap, and the system calls that took.
+        Pages read from and written to swap, without those that only lay between two in one read;
+        and the system calls that took.
     clean_drops, zero_drops : int
         Pages evicted without I/O, since the slot was still right; pages evicted without a slot,
         since they were zero.
@@ -116,7 +117,6 @@ class Stats:
             **taken,
             memory_bytes=numbers["memory_pages"] * page,
             metadata_bytes=metadata_bytes,
-            resident_pages=numbers["present_frames"] + numbers["writeback_frames"],
             swap_bytes=numbers["slot_count"] * page,
             swap_used_bytes=numbers["slots_used"] * page,
             committed_bytes=numbers["committed_pages"] * page,

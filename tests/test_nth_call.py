@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import until
+from failpoints import WAIT_S, until
 
 import pyswap
 from pyswap._native import native
@@ -305,7 +305,9 @@ class Started:
     def end(self) -> tuple[int, int]:
         """Wait for the end of the run, and of its swapper; its status, and the calls it made."""
         try:
-            until(self.has_ended, f"the end of the run whose call {self.nth} fails")
+            # Later than the run's own waits end, which tell what did not come.
+            what = f"the end of the run whose call {self.nth} fails"
+            until(self.has_ended, what, 3 * WAIT_S)
             until(lambda: not self.others(), "the end of its swapper")
         except TimeoutError:
             print(self.told())

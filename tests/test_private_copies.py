@@ -258,6 +258,30 @@ def store_without_gil(a: Any, page: int, value: int) -> None:
 
 
 @pytest.mark.failpoint
+def test_takes_a_fill_the_frame_that_was_claimed_for_the_copy(tight: pyswap.Pool) -> None:
+    """Who waited for a frame to copy into finds the page gone: it does not wait for a second."""
+    a = made(tight, 20)
+    tight.advise(a, "random")
+    page = page_id(tight, a)
+    with workers(a, 1) as (child,):
+        writing = threading.Thread(target=store_without_gil, args=(a, 0, -1))
+        with Failpoint(tight, "frame_claimed", "park") as claimed:
+            # Once for the thread that leaves it to the patient ones, once for one of those.
+            with Failpoint(tight, "frame_claim", "errno", error=errno.ENOMEM, limit=2):
+                writing.start()
+                claimed.wait_parked()
+            page_out(tight, a)
+            assert state_of(tight, page) is None
+            with Failpoint(tight, "frame_claim", "errno", error=errno.ENOMEM, limit=1 << 30):
+                claimed.release()
+                until(lambda: state_of(tight, page) == "present", "the page is back")
+                assert writing.is_alive()
+        writing.join()
+        assert first_words(a) == [-1, *range(2, 21)]
+        assert child.ask(first_words) == list(range(1, 21))
+
+
+@pytest.mark.failpoint
 def test_do_two_threads_write_the_page_that_is_copied(tight: pyswap.Pool) -> None:
     a = made(tight)
     with workers(a, 1) as (child,), Failpoint(tight, "copy_answered", "park") as parked:

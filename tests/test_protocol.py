@@ -101,8 +101,9 @@ class Line:
         assert reply["seq"] == self.seq
         return reply
 
-    def hello(self) -> None:
+    def hello(self, *, blocking: bool = False) -> None:
         self.uffd, _ = native.open_uffd()
+        os.set_blocking(self.uffd, blocking)
         pidfd = os.pidfd_open(os.getpid())
         message = {"op": "hello", "pid": os.getpid(), "regions": []}
         try:
@@ -136,7 +137,7 @@ def line_to(pool: Any) -> Iterator[Line]:
         line.close()
 
 
-def in_a_child(pool: Any, work: Callable[[Line], object]) -> None:
+def in_a_child(pool: Any, work: Callable[[Line], object], *, blocking: bool = False) -> None:
     """Run `work` on an attached connection in a process of its own, whose end ends it."""
     read, write = os.pipe()
     child = os.fork()
@@ -144,7 +145,7 @@ def in_a_child(pool: Any, work: Callable[[Line], object]) -> None:
         told = b"the child ended before its time"
         try:
             with line_to(pool) as line:
-                line.hello()
+                line.hello(blocking=blocking)
                 work(line)
                 told = b""
         except BaseException as error:  # noqa: BLE001 (the parent fails with it)
@@ -292,6 +293,16 @@ def test_is_hello_without_a_pidfd_refused(served: Any) -> None:
             assert "hello" in line.ask({"op": "check"})["text"]
     finally:
         os.close(uffd)
+
+
+def test_is_a_userfaultfd_that_blocks_made_one_that_does_not(served: Any) -> None:
+    """It is always ready: the fault thread that read it would serve nobody else."""
+
+    def work(line: Line) -> None:
+        # What it was opened as is the same for everybody who holds it.
+        assert not os.get_blocking(line.uffd)
+
+    in_a_child(served, work, blocking=True)
 
 
 def hello_after(line: Line, **fields: Any) -> dict[str, Any]:

@@ -93,6 +93,158 @@ def test_is_a_strided_scan_read_ahead(
     assert 0.95 * STEPS <= ahead <= 1.05 * STEPS
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("row_words", "steps", "most"),
+    [
+        # 22.6 pages: the next element of a column is 22 pages away, or 23.
+        pytest.param(11_585, 700, 0.05, id="rows-of-22.6-pages"),
+        # 100 pages and a word: as far as those elements of a column whose pages change together.
+        pytest.param(51_201, 160, 0.3, id="far"),
+    ],
+)
+def test_is_a_column_read_ahead_whose_rows_are_no_whole_pages(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+    row_words: int,
+    steps: int,
+    most: float,
+    sign: int,
+) -> None:
+    pool, a = swapped_out(8 * FRAMES)
+    column = a.reshape(-1)[: steps * row_words : row_words][::sign]
+    expected = np.arange(0, steps * row_words, row_words)[::sign] // 512 + 1
+
+    def pass_over() -> tuple[float, float, float]:
+        pool.advise(a, "pageout")
+        before = pool.stats()
+        # In order, and one after the other.
+        assert all(int(found) == page for found, page in zip(column, expected, strict=True))
+        after = pool.stats()
+        major = after.major_faults - before.major_faults
+        faults = major + after.minor_faults - before.minor_faults
+        ahead = after.readahead_pages - before.readahead_pages
+        print(f"{major} major faults of {faults}, {ahead} pages read ahead in {steps} steps")
+        return major / steps, faults / steps, ahead / steps
+
+    # A busy machine may keep the readahead threads from the processor for a while.
+    passes = [pass_over() for _ in range(3)]
+    major, faults, ahead = min(passes)
+    assert major <= most
+    # What has arrived is mapped at once.
+    assert faults <= 0.8
+    assert 1 - most <= ahead <= 1.3
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("stride", "steps", "most"), [(1, 60, 120), (2, 60, 120), (3, 30, 60), (2, 300, 128)]
+)
+def test_is_little_read_ahead_of_a_stream_that_ends(
+    swapped_out: Callable[[int], tuple[Any, Any]], stride: int, steps: int, most: int, sign: int
+) -> None:
+    """So do the rows of a block, and the parts that a merge takes of what it merges."""
+    pool, a = swapped_out(2 * FRAMES)
+    pages = range(FRAMES, FRAMES + sign * steps * stride, sign * stride)
+    before = pool.stats().readahead_pages
+    scan(pool, a, pages)
+    # Asked for last: what the stream asked for has been taken up before this comes.
+    pool.advise(a[:1], "willneed")
+    until(lambda: bool(pool.residency(a[:1]).all()), "the page asked for last is read")
+    ahead = pool.stats().readahead_pages - before
+    print(f"{ahead} pages read ahead of {steps}")
+    assert 0 < ahead <= steps + most + 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_are_pages_read_together_that_others_lie_between(
+    swapped_out: Callable[[int], tuple[Any, Any]], stride: int, sign: int
+) -> None:
+    """One read brings them, over what lies between; each in its own place."""
+    pool, a = swapped_out(STEPS * stride)
+    before = pool.stats()
+    best_cold_scan(pool, a, range(STEPS * stride)[:: sign * stride], 0.05 * STEPS)
+    after = pool.stats()
+    pages = after.readahead_pages - before.readahead_pages
+    reads = after.read_calls - before.read_calls
+    print(f"{pages} pages in {reads} reads")
+    assert pages >= 0.9 * STEPS
+    assert reads <= pages / 4
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_are_pages_passed_over_that_are_there(
+    swapped_out: Callable[[int], tuple[Any, Any]], sign: int
+) -> None:
+    """Where every second page is in memory the rest is read as if all were read, and mapped so."""
+    pages = FRAMES // 2
+    pool, a = swapped_out(pages)
+    pool.advise(a, "random")
+    scan(pool, a, range(0, pages, 2))
+    pool.advise(a, "normal")
+    before = pool.stats()
+    pool.advise(a, "willneed")
+    until(lambda: bool(pool.residency(a).all()), "the rest is read")
+    after = pool.stats()
+    assert after.readahead_pages - before.readahead_pages == pages // 2
+    assert after.read_calls - before.read_calls <= pages // 16
+    _, faults, _ = scan(pool, a, range(pages)[::sign])
+    assert faults <= pages // 16
+
+
+def test_are_many_streams_followed_at_once(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    """A merge of a dozen runs: each has its share of memory, and what it is read ahead is used."""
+    runs, step = 12, 16
+    pages = 4 * FRAMES
+    pool, a = swapped_out(pages)
+    length = pages // runs
+    order = [
+        run * length + first + i
+        for first in range(0, length - step, step)
+        for run in range(runs)
+        for i in range(step)
+    ]
+    before = pool.stats().slot_reads
+    major, _, _ = scan(pool, a, order)
+    assert major <= 0.2 * len(order)
+    assert pool.stats().slot_reads - before <= 1.2 * len(order)
+
+
+def test_is_a_stream_not_taken_to_have_jumped_over_what_is_out(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    """It would have met it: what comes farther on is something else, and nothing is read for it."""
+    pages = 2 * FRAMES
+    pool, a = swapped_out(pages)
+    begin = 24
+    scan(pool, a, range(begin))
+    # Farther on than it is read ahead; and always farther apart, so that they are no stream either.
+    jumps = [4 * begin + 9 * i + i * i for i in range(8)]
+    scan(pool, a, jumps)
+    pool.advise(a[pages - 1 :], "willneed")
+    until(lambda: bool(pool.residency(a[pages - 1 :]).all()), "the page asked for last is read")
+    came = {i for i in range(3 * begin, pages - 1) if pool.residency(a[i : i + 1]).all()}
+    assert came == set(jumps)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_is_a_stream_unprotected_that_writes_what_it_has_read(pool: Any, sign: int) -> None:
+    """A sort's partitions go up from the beginning and down from the end."""
+    pages = pool.memory // pool.page_size // 2
+    a = pool.zeros((pages, pool.page_size // 8), np.int64)
+    a[:, 3] = np.arange(1, pages + 1)
+    pool.advise(a, "pageout")
+    assert a[:, 3].sum() == pages * (pages + 1) // 2
+    before = pool.stats().write_faults
+    for i in range(pages)[::sign]:
+        a[i, 5] = i
+    assert 0 < pool.stats().write_faults - before <= pages // 8
+    pool.advise(a, "pageout")
+    assert (a[:, 5] == np.arange(pages)).all()
+
+
 def test_is_nothing_read_ahead_of_uniform_random_access(
     swapped_out: Callable[[int], tuple[Any, Any]], seed: int
 ) -> None:

@@ -399,9 +399,7 @@ class Machine(RuleBasedStateMachine):
     # Processes come and go, and work at once.
 
     @precondition(has_room)
-    @rule(
-        who=PICKS, which=PICKS, pages=ranges(FEW), first=st.booleans(), pinned=st.booleans()
-    )
+    @rule(who=PICKS, which=PICKS, pages=ranges(FEW), first=st.booleans(), pinned=st.booleans())
     def fork(self, who: int, which: int, pages: slice, first: bool, pinned: bool) -> None:
         """Fork one that has just written to pages, which either writes to right after."""
         member = pick(self.members, who)

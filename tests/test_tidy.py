@@ -38,12 +38,12 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "core.frame",
             "core.pagetable",
-            "core.readahead",
             "core.region",
             "core.starved",
             "core.swapmap",
         ),
     ),
+    ("1, streams of faults over them", ("core.readahead",)),
     (
         "1, what regions share, and what is worth keeping",
         ("core.family", "core.hold", "core.policy"),

@@ -10,6 +10,7 @@ from pyswap.core.engine cimport page_unlock
 from pyswap.core.frame cimport AHEAD, REFERENCED, frame_claim, frame_mark, frame_set_present
 from pyswap.core.layout cimport (
     C_READAHEAD_PAGES,
+    C_SLOT_READS,
     FRAME_NONE,
     SLOT_NONE,
     frame_id,
@@ -21,9 +22,13 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
 from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_slot, pte_read, pte_slot
-from pyswap.core.readahead cimport stream_fell_short
+from pyswap.core.readahead cimport absolute, stream_fell_short
 from pyswap.core.region cimport PAGE_MASK, life_is, region_lookup
 from pyswap.core.store cimport store_punch, store_write
+
+cdef enum:
+    READ_OVER_BYTES = 1 << 15   # between pages of one read: a read of its own costs as much as some more
+
 
 cdef inline page_id request_page(pool_t *pool, request_t *request, int64_t index) noexcept nogil:
     """The page id at an index; what is asked for too late, or being copied, is as if it were there: not read."""
@@ -40,6 +45,11 @@ cdef inline bint is_out(pool_t *pool, object_id o, uint64_t pte) noexcept nogil:
     return pte_is_slot(pte) or (pte == PTE_EMPTY and has_file(pool, o))
 
 
+cdef inline int64_t most_apart(pool_t *pool) noexcept nogil:
+    """How many pages one that is read may be from the one before it in the same read."""
+    return 1 + (READ_OVER_BYTES >> pool.page_shift)
+
+
 cdef inline bint is_next(uint64_t pte, slot_id first, int64_t step) noexcept nogil:
     """Whether a page is in the slot that goes on a run; or in a file, where neighbours are neighbours."""
     if first == SLOT_NONE:
@@ -48,42 +58,43 @@ cdef inline bint is_next(uint64_t pte, slot_id first, int64_t step) noexcept nog
 
 
 cdef inline uint32_t ahead_claim(
-    pool_t *pool, request_t *request, int64_t *index, uint32_t *left, frame_id *frames, bint *short_of
+    pool_t *pool, request_t *request, int64_t *position, uint32_t *left, frame_id *frames, bint *short_of
 ) noexcept nogil:
-    """Claim and install frames for a run of pages in neighbouring slots; moves *index and *left past it."""
+    """Claim and install frames for pages that one read brings; moves *position and *left past them.
+
+    Their slots are as far from each other as they are.  Some bytes between them are read over: a read of its own for
+    what comes after takes longer.
+    """
     cdef uint32_t n = 0
     cdef uint64_t pte, page
     cdef page_id first_page = 0
     cdef frame_id f
     cdef slot_id first_slot = SLOT_NONE
-    cdef bint adjacent = request.stride == 1 or request.stride == -1
+    cdef int64_t index, first = 0, last = 0, way
     short_of[0] = False
-    while left[0] and n < pool.header.chunk_pages:
-        page = request_page(pool, request, index[0])
+    while left[0]:
+        index = position[0] >> pool.page_shift
+        page = request_page(pool, request, index)
         pte = pte_read(pool, page)
-        if not is_out(pool, request.object, pte):
-            if n:
+        if is_out(pool, request.object, pte):
+            way = index - first
+            if n and (not is_next(pte, first_slot, way) or <int64_t>page != <int64_t>first_page + way):
                 break
-            index[0] += request.stride
-            left[0] -= 1
-            continue
-        if n and (not adjacent or not is_next(pte, first_slot, <int64_t>n * request.stride)):
-            break
-        if n and <int64_t>page != <int64_t>first_page + <int64_t>n * request.stride:
-            break
-        f = frame_claim(pool, pool.header.minimum_frames)
-        if f == FRAME_NONE:
-            short_of[0] = True
-            break
-        if fill_install(pool, f, page, <uint64_t>index[0], request.object, request.generation, pte):
-            if n == 0:
-                first_page = page
-                first_slot = pte_slot(pte)
-            frames[n] = f
-            n += 1
-        elif n:
-            break
-        index[0] += request.stride
+            if n and (absolute(way) >= pool.header.chunk_pages or absolute(index - last) > most_apart(pool)):
+                break
+            f = frame_claim(pool, pool.header.minimum_frames)
+            if f == FRAME_NONE:
+                short_of[0] = True
+                break
+            if fill_install(pool, f, page, <uint64_t>index, request.object, request.generation, pte):
+                if n == 0:
+                    first = index
+                    first_page = page
+                    first_slot = pte_slot(pte)
+                last = index
+                frames[n] = f
+                n += 1
+        position[0] += request.stride
         left[0] -= 1
     return n
 
@@ -94,26 +105,48 @@ cdef inline void ahead_undo(pool_t *pool, frame_id f, bint offline) noexcept nog
     fill_undo(pool, f, offline)
 
 
-cdef inline void ahead_fill(
-    pool_t *pool, frame_id *frames, uint32_t n, bint backwards, uint8_t *buffer
+cdef inline uint32_t ahead_store(
+    pool_t *pool, frame_id *frames, uint32_t n, page_id first, uint8_t *buffer, bint *failed
 ) noexcept nogil:
-    """One read for the run, then every page that is as it was written present and unlocked."""
-    cdef frame_t *low = &pool.frames[frames[n - 1] if backwards else frames[0]]
-    cdef page_id first = low.page
-    cdef frame_t *frame
+    """Write the first of these frames to the store, and those that are its neighbours; returns how many."""
+    cdef page_id page = pool.frames[frames[0]].page, end = page
     cdef uint32_t i
+    for i in range(1, n):
+        if pool.frames[frames[i]].page == page - 1:
+            page -= 1
+        elif pool.frames[frames[i]].page == end + 1:
+            end += 1
+        else:
+            break
+    else:
+        i = n
+    failed[0] = store_write(pool, page, i, buffer + ((page - first) << pool.page_shift)) != 0
+    return i
+
+
+cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, uint8_t *buffer) noexcept nogil:
+    """One read for them all, then every page that is as it was written present and unlocked."""
+    cdef frame_t *low = &pool.frames[frames[0]]
+    cdef frame_t *high = &pool.frames[frames[n - 1]]
+    cdef frame_t *frame
+    cdef page_id first
+    cdef uint32_t i, stored = 0
     cdef bint offline = False
     cdef int rc
+    if low.page > high.page:
+        low, high = high, low
+    first = low.page
     if low.slot == SLOT_NONE:
-        rc = backing_read(pool, low.object, low.index, n, buffer)
+        rc = backing_read(pool, low.object, low.index, <uint32_t>(high.page - first) + 1, buffer)
     else:
-        rc = slots_read(pool, low.slot, n, buffer)
-    if rc == 0:
-        rc = store_write(pool, first, n, buffer)
-        offline = rc != 0
+        rc = slots_read(pool, low.slot, <uint32_t>(high.page - first) + 1, buffer)
+        if rc == 0:
+            count(pool, C_SLOT_READS, n)
     for i in range(n):
         frame = &pool.frames[frames[i]]
-        if rc != 0 or frame.slot != SLOT_NONE and slot_check(
+        if rc == 0 and i == stored:
+            stored += ahead_store(pool, frames + i, n - i, first, buffer, &offline)
+        if rc != 0 or offline or frame.slot != SLOT_NONE and slot_check(
             pool, frame.slot, frame.page, buffer + ((frame.page - first) << pool.page_shift)
         ) != 0:
             ahead_undo(pool, frames[i], offline)
@@ -129,20 +162,20 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) 
     """Carry out one readahead request, as far as frames are free (R4)."""
     cdef frame_id frames[256]
     cdef uint32_t n, left = request.count
-    cdef int64_t index = request.first, pages, room
+    cdef int64_t position = request.first, end, room
     cdef bint short_of = False
     if not life_is(&pool.objects[request.object].word, request.generation):
         return
-    pages = <int64_t>pool.objects[request.object].pages
-    if index < 0 or index >= pages:
+    end = <int64_t>(pool.objects[request.object].pages << pool.page_shift)
+    if position < 0 or position >= end:
         return
-    room = (pages - 1 - index) // request.stride if request.stride > 0 else index // -request.stride
+    room = (end - 1 - position) // request.stride if request.stride > 0 else position // -request.stride
     if left > room + 1:
         left = <uint32_t>(room + 1)
     while left and not short_of and load32(&pool.epochs[request.object]) == request.epoch:
-        n = ahead_claim(pool, request, &index, &left, frames, &short_of)
+        n = ahead_claim(pool, request, &position, &left, frames, &short_of)
         if n:
             failpoint_visit(pool.header, FP_FILL_LOCKED)
-            ahead_fill(pool, frames, n, request.stride < 0, buffer)
+            ahead_fill(pool, frames, n, buffer)
     if short_of:
-        stream_fell_short(pool, request, index)
+        stream_fell_short(pool, request, position)

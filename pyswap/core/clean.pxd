@@ -52,6 +52,7 @@ from pyswap.core.lock cimport (
     store32,
 )
 from pyswap.core.region cimport clones_t, life_drop, life_hold, region_page, regions_of
+from pyswap.core.store cimport store_unmap
 from pyswap.core.swapmap cimport (
     slot_area,
     slot_checksum,
@@ -390,5 +391,7 @@ cdef inline uint32_t victims_clean(pool_t *pool, victim_t *victims, uint32_t n, 
         frame_set_writeback(pool, &pool.frames[victims[i].frame])
         page_unlock(pool, &pool.frames[victims[i].frame])
     victims_write(pool, victims, n)
+    if n:
+        store_unmap(pool, victims[0].page, victims[n - 1].page + 1 - victims[0].page)
     failpoint_visit(pool.header, FP_CLEAN_WRITTEN)
     return zero + victims_finish(pool, victims, n, evict)

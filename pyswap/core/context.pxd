@@ -6,8 +6,6 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyswap.core.layout cimport (
     C_PEAK_RESIDENT,
-    PRESENT,
-    WRITEBACK,
     copy_t,
     family_t,
     frame_id,
@@ -23,18 +21,20 @@ from pyswap.core.layout cimport (
     worker_id,
     worker_t,
 )
-from pyswap.core.lock cimport add64, cas64, load64, loadi64, mutex_t
+from pyswap.core.lock cimport add64, addi64, cas64, load64, mutex_t
 
 cdef enum:
-    STREAMS = 8                 # access streams followed in one region
+    STREAMS = 16                # access streams followed in one region
+    FAR = STREAMS               # and one whose steps are too long for them
+    NOBODY = STREAMS + 1        # no stream
     REQUESTS = 1024             # readahead requests that may wait
     STARVED_FAULTS = 1024       # faults that may wait for a frame without a thread
 
 cdef struct stream_t:
-    int64_t last                # page index of the latest fault that belonged to it
-    int64_t stride              # pages; 0 while there is one fault only
-    int64_t ahead               # index up to which (exclusive, in stride's direction) was asked for
-    uint32_t confirmed          # faults that kept to the stride
+    int64_t last                # where in the region the latest fault was that belonged to it, in bytes
+    int64_t stride              # bytes; 0 while there is one fault only
+    int64_t ahead               # up to where (exclusive, in stride's direction) was asked for, in bytes
+    uint32_t confirmed          # steps of the stride that it has gone
     uint32_t window             # steps kept ahead
     uint64_t used               # detector time, for replacement
     uint32_t generation         # a request that comes back short names the stream it was for
@@ -42,17 +42,17 @@ cdef struct stream_t:
 cdef struct detector_t:
     mutex_t lock
     uint64_t time
-    stream_t streams[8]
+    stream_t streams[17]
 
 cdef struct request_t:
     object_id object
     uint32_t generation         # of the object
-    int64_t first               # page index
+    int64_t first               # bytes, as in a stream: the pages that these fall on
     int64_t stride
     uint32_t count
     region_id region            # whose map to follow, and whose stream to tell when frames ran out
     uint32_t region_generation
-    uint32_t stream             # STREAMS: nobody's
+    uint32_t stream
     uint32_t stream_generation
     uint32_t epoch              # of the object: a pageout since then has made the request void
 
@@ -163,9 +163,12 @@ cdef inline void count_most(pool_t *pool, int which, uint64_t now) noexcept nogi
         most = load64(&pool.header.counters[which])
 
 
-cdef inline void count_resident(pool_t *pool) noexcept nogil:
-    cdef int64_t *now = pool.header.state_count
-    count_most(pool, C_PEAK_RESIDENT, <uint64_t>(loadi64(&now[PRESENT]) + loadi64(&now[WRITEBACK])))
+cdef inline void count_resident(pool_t *pool, int change) noexcept nogil:
+    """A frame is counted until it may be claimed anew, so there are never more than frames."""
+    cdef int64_t before
+    if change:
+        before = addi64(&pool.header.resident_count, change)
+        count_most(pool, C_PEAK_RESIDENT, <uint64_t>(before + change))
 
 
 cdef inline bint mappings_short(pool_t *pool, worker_id worker) noexcept nogil:

@@ -23,6 +23,7 @@ from pyswap.core.lock cimport (
     FP_PAGE_TAKEN,
     add32,
     add64,
+    addi64,
     cas64,
     failpoint_visit,
     load32,
@@ -35,6 +36,13 @@ from pyswap.core.lock cimport (
 )
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.region cimport ALIVE
+
+cdef extern from *:
+    """
+    #define TWO_REFERENCES (((int64_t)1 << 32) + 1)
+    """
+    const int64_t TWO_REFERENCES    # one for each of two neighbours
+
 
 cdef inline family_t *family_of(pool_t *pool, object_id o) noexcept nogil:
     """The family of an object that was shared; NULL before."""
@@ -152,19 +160,32 @@ cdef inline void page_share(pool_t *pool, page_id page) noexcept nogil:
     failpoint_visit(pool.header, FP_PAGE_SHARED)
 
 
+cdef inline void pages_share(pool_t *pool, page_id first, uint64_t count) noexcept nogil:
+    """As page_share() of consecutive pages: two counts lie in one word, and half as many words are locked."""
+    cdef page_id page = first, end = first + count
+    if page & 1 and page < end:
+        page_share(pool, page)
+        page += 1
+    while page + 1 < end:
+        addi64(<int64_t *>&pool.references[page], TWO_REFERENCES)
+        failpoint_visit(pool.header, FP_PAGE_SHARED)
+        page += 2
+    if page < end:
+        page_share(pool, page)
+
+
 cdef inline void family_look_again(pool_t *pool, object_id o) noexcept nogil:
     """There is something to sweep, or an extent to give back, that was not to be had just now."""
     or64(&pool.unswept[o >> 6], <uint64_t>1 << (o & 63))
 
 
-cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nogil:
-    """Give up a reference; True when it was the last, and what the page holds is to be swept."""
+cdef inline bint page_dropped(pool_t *pool, object_id o, page_id page, uint32_t before) noexcept nogil:
+    """A reference was given up; True when it was the last, and what the page holds is to be swept."""
     cdef family_t *family = &pool.families[o]
-    cdef uint32_t before = add32(&pool.references[page], <uint32_t>-1), e
+    cdef uint32_t e
     cdef bint emptied
     if before == 0:
-        panic("page_drop: no reference", page, o, 0)
-    failpoint_visit(pool.header, FP_PAGE_DROPPED)
+        panic("page_dropped: no reference", page, o, 0)
     if before > 1:
         return False
     mutex_lock(&family.lock)
@@ -177,3 +198,29 @@ cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nog
         family_look_again(pool, o)
     commit_give(pool, 1)
     return True
+
+
+cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nogil:
+    """Give up a reference; True when it was the last."""
+    cdef uint32_t before = add32(&pool.references[page], <uint32_t>-1)
+    failpoint_visit(pool.header, FP_PAGE_DROPPED)
+    return page_dropped(pool, o, page, before)
+
+
+cdef inline bint pages_drop(pool_t *pool, object_id o, page_id first, uint64_t count) noexcept nogil:
+    """As page_drop() of consecutive pages, two at a time; True when one was the last of its page."""
+    cdef page_id page = first, end = first + count
+    cdef uint64_t before
+    cdef bint last = False
+    if page & 1 and page < end:
+        last |= page_drop(pool, o, page)
+        page += 1
+    while page + 1 < end:
+        before = <uint64_t>addi64(<int64_t *>&pool.references[page], -TWO_REFERENCES)
+        failpoint_visit(pool.header, FP_PAGE_DROPPED)
+        last |= page_dropped(pool, o, page, <uint32_t>before)
+        last |= page_dropped(pool, o, page + 1, <uint32_t>(before >> 32))
+        page += 2
+    if page < end:
+        last |= page_drop(pool, o, page)
+    return last

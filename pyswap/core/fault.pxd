@@ -42,9 +42,9 @@ from pyswap.core.lock cimport (
     load32,
     now_ns,
 )
-from pyswap.core.mapping cimport frame_used, map_around, map_run, unprotect_around
+from pyswap.core.mapping cimport frame_used, map_around, map_run, map_strided, unprotect_around
 from pyswap.core.order cimport unread_text, unwritten_text
-from pyswap.core.page cimport ACQUIRED, STALE, STARVED, frame_give_back, page_acquire, wanted_t
+from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.readahead cimport detector_feed
 from pyswap.core.region cimport (
@@ -84,12 +84,12 @@ cdef struct fault_t:            # a fault, or a pin of one page, on its way
     uint32_t generation
     region_t region             # as it was when the fault was read
     int64_t index
-    int64_t stride              # of the stream that it continues; 0: none
+    int64_t stride              # of the stream of neighbouring pages that it continues, 1 or -1; 0: none
+    int64_t gap                 # of the stream that it continues and that leaves pages out, in bytes; 0: none
     bint fed                    # readahead knows of it
     bint write
     bint protected              # it is mapped, and the write met its protection
     bint gathered               # pages beside it were brought in, to be copied with it
-    frame_id spare              # claimed for the copy by who waited for it
     wanted_t want
 
 
@@ -133,12 +133,14 @@ cdef inline void fault_map(
     if mapped:
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
-        unprotect_around(pool, &fault.want, r, region, index, fault.stride)
+        unprotect_around(pool, r, region, index, fault.stride)
         rc = engine_unprotect(pool, r, generation, index, 1)
     else:
         # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
         if region.advice != ADVICE_RANDOM:
             map_around(pool, &fault.want, r, region, index, fault.stride, fault.write)
+        if fault.gap:
+            map_strided(pool, r, region, <int64_t>(fault.address - region.address), fault.gap, fault.write)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
@@ -192,7 +194,7 @@ cdef inline outcome private_map(pool_t *pool, fault_t *fault, frame_id f, bint p
     if region_page(pool, fault.r, fault.index) != fault.want.page:
         result = AGAIN
     elif own and page_is_shared(pool, region.object, fault.want.page):
-        rc[0] = copy_start(pool, fault.r, fault.index, copy_limit(pool, fault), f, &fault.spare)
+        rc[0] = copy_start(pool, fault.r, fault.index, copy_limit(pool, fault), f, &fault.want.spare)
         result = COPIED
         if rc[0] == STARVED:
             result = NO_FRAME
@@ -243,8 +245,10 @@ cdef inline int pin_until_done(pool_t *pool, fault_t *fault) noexcept nogil:
             page_unlock(pool, &pool.frames[f])
         if rc < 0 and rc != -EAGAIN:
             return rc
+        if result != DONE:
+            spare_give_back(pool, &fault.want)
         if result == NO_FRAME:
-            fault.spare = frame_claim_wait(pool, fault.want.deadline_ns)
+            fault.want.spare = frame_claim_wait(pool, fault.want.deadline_ns)
         elif result != DONE:
             futex_wait(&pool.copied_sequence, sequence, 1_000_000)
         if result != DONE and now_ns() > fault.want.deadline_ns:
@@ -259,10 +263,9 @@ cdef inline int page_pin(pool_t *pool, fault_t *fault) noexcept nogil:
     """
     cdef int rc
     fault.stride = 0
-    fault.spare = <frame_id>FRAME_NONE
+    fault.gap = 0
     rc = pin_until_done(pool, fault)
-    if fault.spare != FRAME_NONE:
-        frame_give_back(pool, fault.spare)
+    spare_give_back(pool, &fault.want)
     return rc
 
 
@@ -353,6 +356,7 @@ cdef inline void fault_gather(pool_t *pool, fault_t *fault) noexcept nogil:
         near.page = page & PAGE_MASK
         near.index = <uint64_t>fault.index + i
         near.patient = False
+        near.spare = <frame_id>FRAME_NONE
         if page & COPYING or not page_is_shared(pool, near.object, near.page):
             return
         if page_acquire(pool, &near, &f) != ACQUIRED:
@@ -406,25 +410,30 @@ cdef inline void fault_resolve(
     fault.write = (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0
     fault.protected = (flags & UFFD_PAGEFAULT_FLAG_WP) != 0
     fault.gathered = False
-    fault.spare = <frame_id>FRAME_NONE
+    fault.want.spare = <frame_id>FRAME_NONE
     fault.want.sleeps = False
     fault.want.buffer = buffer
     fault.want.patient = patient
     fault.want.error = 0
     fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
     fault.stride = 0
+    fault.gap = 0
     fault.fed = False
     while result == AGAIN and fault_find(pool, &fault):
         # Readahead first, so that it goes on while this page is read.
         if not fault.fed:
             fault.fed = True
-            fault.stride = detector_feed(pool, fault.r, fault.index)
+            fault.stride = detector_feed(
+                pool, fault.r, fault.generation, <int64_t>(fault.address - fault.region.address), &fault.gap
+            )
         result = fault_try(pool, &fault, &rc)
-        if result == NO_FRAME and not fault_starved(pool, &fault):
-            fault.spare = frame_claim_wait(pool, fault.want.deadline_ns)
+        if result == AGAIN:
+            spare_give_back(pool, &fault.want)
+            gate_wait(&pool.regions[fault.r])
+        elif result == NO_FRAME and not fault_starved(pool, &fault):
+            fault.want.spare = frame_claim_wait(pool, fault.want.deadline_ns)
             result = AGAIN
         if result == AGAIN:
-            gate_wait(&pool.regions[fault.r])
             if now_ns() > fault.want.deadline_ns:
                 rc = -ENOMEM
                 break
@@ -432,5 +441,4 @@ cdef inline void fault_resolve(
         engine_wake(pool, fault.r, fault.generation, fault.index)
     elif rc < 0:
         fault_poison(pool, &fault, rc)
-    if fault.spare != FRAME_NONE:
-        frame_give_back(pool, fault.spare)
+    spare_give_back(pool, &fault.want)

@@ -19,7 +19,7 @@ from pyswap.core.context cimport pool_t
 from pyswap.core.copy cimport copy_make, page_forget
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.evict cimport pages_sweep
-from pyswap.core.family cimport family_look_again, family_of, page_drop, page_share
+from pyswap.core.family cimport family_look_again, family_of, page_share, pages_drop, pages_share
 from pyswap.core.frame cimport (
     WRITABLE,
     frame_claim_wait,
@@ -222,10 +222,20 @@ cdef inline int map_begin(pool_t *pool, region_id r, uint64_t place) noexcept no
     return rc
 
 
+cdef inline uint64_t plain_run(const uint64_t *map, uint64_t index, uint64_t end, uint64_t entry) noexcept nogil:
+    """How many entries go on from an index's, page id by page id, with nothing else said of them; at least 1."""
+    cdef uint64_t n = 1
+    if entry & ~PAGE_MASK:
+        return 1
+    while index + n < end and map[index + n] == entry + n:
+        n += 1
+    return n
+
+
 cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
     """The clone's map: the pages of the source, each with a reference more.  On failure nothing is left of it."""
     cdef region_t *region = &pool.regions[share.source]
-    cdef uint64_t pages = region.pages, i = 0, page
+    cdef uint64_t pages = region.pages, i = 0, page, n, k
     cdef uint64_t *map = &pool.map_entries[share.clone_map]
     cdef uint32_t breaks = 0
     cdef bint pinned = loadi64(&pool.header.pinned_count) != 0
@@ -236,6 +246,14 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
         return rc
     while i < pages:
         page = region_page(pool, share.source, <int64_t>i)
+        n = 1 if pinned else plain_run(pool.maps[share.source], i, pages, page)
+        if n > 1:
+            for k in range(n):
+                map[i + k] = page + k
+            pages_share(pool, page, n)
+            breaks += break_at(map, <int64_t>i, <int64_t>pages)
+            i += n
+            continue
         map[i] = page
         if is_hole(page):
             i += 1
@@ -270,13 +288,15 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
 cdef inline bint region_unshare(pool_t *pool, object_id o, region_id r) noexcept nogil:
     """Give up a region's map and references: it has ended, or never begun.  True: there is something to sweep."""
     cdef uint64_t *map = pool.maps[r]
-    cdef uint64_t i
+    cdef uint64_t i = 0, n, pages = pool.objects[o].pages
     cdef bint last = False
     if map == NULL:
         return False
-    for i in range(pool.objects[o].pages):
+    while i < pages:
+        n = plain_run(map, i, pages, map[i])
         if not is_hole(map[i]):
-            last |= page_drop(pool, o, map[i] & PAGE_MASK)
+            last |= pages_drop(pool, o, map[i] & PAGE_MASK, n)
+        i += n
     map_set(pool, r, NO_EXTENT)
     return last
 

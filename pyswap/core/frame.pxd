@@ -107,8 +107,12 @@ cdef inline uint32_t word_generation(uint64_t word) noexcept nogil:
     return <uint32_t>(word >> 32)
 
 
+cdef inline bint state_resident(int state) noexcept nogil:
+    return state == PRESENT or state == WRITEBACK
+
+
 cdef inline bint word_resident(uint64_t word) noexcept nogil:
-    return word_state(word) == PRESENT or word_state(word) == WRITEBACK
+    return state_resident(word_state(word))
 
 
 cdef inline bint frame_has(frame_t *frame, uint64_t flag) noexcept nogil:
@@ -184,6 +188,7 @@ cdef inline void frame_move(pool_t *pool, frame_t *frame, int before, int after)
             break
     addi64(&pool.header.state_count[before], -1)
     addi64(&pool.header.state_count[after], 1)
+    count_resident(pool, state_resident(after) - state_resident(before))
 
 
 cdef inline void frame_set_present(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -191,7 +196,6 @@ cdef inline void frame_set_present(pool_t *pool, frame_t *frame) noexcept nogil:
         frame_move(pool, frame, WRITEBACK, PRESENT)
     else:
         frame_move(pool, frame, FILLING, PRESENT)
-        count_resident(pool)
     failpoint_visit(pool.header, FP_FRAME_PRESENT)
 
 

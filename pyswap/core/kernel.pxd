@@ -34,7 +34,8 @@ cdef extern from *:
     #endif
     #define PYSWAP_CONTINUE_MODE_WP ((uint64_t)1 << 1)
     #define PYSWAP_FEATURES (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | \
-                             UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+                             UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_WP_HUGETLBFS_SHMEM | \
+                             UFFD_FEATURE_EXACT_ADDRESS)
     #define KERNEL_PAGE_BYTES ((uint64_t)sysconf(_SC_PAGESIZE))
 
     /* In the order of CALL_NAMES in _fast_debug.pyx. */
@@ -155,6 +156,9 @@ cdef extern from *:
         }
         return 0;
     }
+    static inline void mapping_forget(void *start, uint64_t length) {
+        madvise(start, (size_t)length, MADV_DONTNEED);
+    }
     /* All of the vector, or -errno; a read that ends early is EIO: the slot should be there.  Consumes v. */
     static inline int file_transfer(int writing, int fd, struct iovec *v, int count, uint64_t offset) {
         while (count > 0) {
@@ -219,6 +223,7 @@ cdef extern from *:
     int uffd_read(int fd, uint64_t *address, uint64_t *flags) noexcept nogil
     int file_allocate(int fd, uint64_t offset, uint64_t length) noexcept nogil
     int file_punch(int fd, uint64_t offset, uint64_t length) noexcept nogil
+    void mapping_forget(void *start, uint64_t length) noexcept nogil
     int file_transfer(bint writing, int fd, iovec *v, int count, uint64_t offset) noexcept nogil
     int file_stamp(int fd, uint64_t *stamp) noexcept nogil
     bint file_has_data(int fd, uint64_t offset) noexcept nogil

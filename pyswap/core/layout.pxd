@@ -64,7 +64,7 @@ ctypedef uint32_t region_id
 ctypedef uint32_t worker_id
 
 cdef enum:
-    LAYOUT_VERSION = 4
+    LAYOUT_VERSION = 5
     MAX_WORKERS = 256           # processes attached at once; a frame's mapper set has a bit for each
     WORKER_WORDS = 4            # 64-bit words of such a set
     MAX_OBJECTS = 65536
@@ -375,6 +375,7 @@ cdef struct header_t:
     uint64_t in_transit_pages   # of objects that a pickle on its way keeps alive
     # Changed by atomic addition:
     int64_t state_count[8]
+    int64_t resident_count      # PRESENT and WRITEBACK at once: of two numbers, read in turn, a frame may be in both
     int64_t dirty_count
     int64_t slots_used
     int64_t pinned_count

@@ -42,6 +42,10 @@ from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
+cdef enum:
+    STRIDED_PAGES = 64          # mapped ahead of a stream that leaves pages out
+
+
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
     frame_mark(frame, REFERENCED)
     frame_unmark(frame, COLD)
@@ -160,28 +164,45 @@ cdef inline bint neighbour_lock(
     return True
 
 
+cdef inline bint is_mapped_there(pool_t *pool, region_id r, page_id page) noexcept nogil:
+    """A look without a lock: whether the worker has mapped a page already."""
+    cdef uint64_t pte = pte_read(pool, page)
+    return pte_is_frame(pte) and is_mapper(&pool.frames[pte_frame(pte)], pool.regions[r].worker)
+
+
 cdef inline void map_resident(
     pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
 ) noexcept nogil:
-    """Map resident neighbours from index on, in runs of one protection, until one is not to be had."""
+    """Map resident neighbours from index on, in runs of one protection, until one is not to be had.
+
+    Those between them that are mapped already are passed over.
+    """
     cdef frame_id run[256]
-    cdef uint32_t n = 0, i
+    cdef uint32_t n, i
     cdef frame_id f = 0
-    cdef bint writable, run_writable = False
-    cdef int64_t first = index
-    while index < end and neighbour_lock(pool, r, index, want.page + n, False, write, &f):
-        writable = maps_writable(pool, &pool.frames[f], write)
-        if n and writable != run_writable:
-            page_unlock(pool, &pool.frames[f])
-            break
-        run_writable = writable
-        run[n] = f
-        n += 1
-        index += 1
-    if n:
-        map_run(pool, r, generation, first, run, n, write)
-    for i in range(n):
-        page_unlock(pool, &pool.frames[run[i]])
+    cdef bint writable, run_writable
+    cdef int64_t first = index, begin
+    while index < end:
+        begin = index
+        n = 0
+        run_writable = False
+        while index < end and neighbour_lock(pool, r, index, want.page + (index - first), False, write, &f):
+            writable = maps_writable(pool, &pool.frames[f], write)
+            if n and writable != run_writable:
+                page_unlock(pool, &pool.frames[f])
+                break
+            run_writable = writable
+            run[n] = f
+            n += 1
+            index += 1
+        if n:
+            map_run(pool, r, generation, begin, run, n, write)
+        for i in range(n):
+            page_unlock(pool, &pool.frames[run[i]])
+        while index < end and is_mapped_there(pool, r, want.page + (index - first)):
+            index += 1
+        if index == begin:
+            return
 
 
 cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
@@ -190,6 +211,27 @@ cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, 
     while n < limit and <int64_t>n < index and pte_read(pool, region_page(pool, r, index - 1 - n) & PAGE_MASK) == 0:
         n += 1
     return n
+
+
+cdef inline void map_strided(
+    pool_t *pool, region_id r, region_t *region, int64_t position, int64_t stride, bint write
+) noexcept nogil:
+    """Map what readahead has brought for a stream that leaves pages out: a call for each, but no fault.
+
+    The fault's position in the region and the stride are in bytes.
+    """
+    cdef uint32_t generation = life_generation(&region.word), _
+    cdef int64_t index
+    cdef frame_id f = 0
+    for _ in range(<uint32_t>STRIDED_PAGES):
+        position += stride
+        index = position >> pool.page_shift
+        if index < 0 or index >= <int64_t>region.pages:
+            return
+        if not neighbour_lock(pool, r, index, region_page(pool, r, index) & PAGE_MASK, False, write, &f):
+            return
+        map_run(pool, r, generation, index, &f, 1, write)
+        page_unlock(pool, &pool.frames[f])
 
 
 cdef inline void map_around(
@@ -230,17 +272,17 @@ cdef inline void map_around(
 
 
 cdef inline void unprotect_around(
-    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t stride
+    pool_t *pool, region_id r, region_t *region, int64_t index, int64_t stride
 ) noexcept nogil:
     """A stream writes pages that it read before: lift the protection of a few more at once."""
     cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id run[256]
     cdef uint32_t n = 0, i, limit = pool.header.around_pages
-    cdef int64_t next = index + 1
-    if stride != 1:
+    cdef int64_t next = index + stride
+    if stride != 1 and stride != -1:
         return
-    while n < limit and next < <int64_t>region.pages:
-        if not neighbour_lock(pool, r, next, want.page + 1 + n, True, True, &run[n]):
+    while n < limit and 0 <= next < <int64_t>region.pages:
+        if not neighbour_lock(pool, r, next, region_page(pool, r, next) & PAGE_MASK, True, True, &run[n]):
             break
         if frame_has(&pool.frames[run[n]], DIRTY) and not region.is_private:
             page_unlock(pool, &pool.frames[run[n]])
@@ -248,8 +290,8 @@ cdef inline void unprotect_around(
         frame_set_dirty(pool, &pool.frames[run[n]])
         frame_used(pool, &pool.frames[run[n]])
         n += 1
-        next += 1
+        next += stride
     if n:
-        engine_unprotect(pool, r, generation, index + 1, n)
+        engine_unprotect(pool, r, generation, index + 1 if stride == 1 else index - n, n)
     for i in range(n):
         page_unlock(pool, &pool.frames[run[i]])

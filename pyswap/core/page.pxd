@@ -96,6 +96,7 @@ cdef struct wanted_t:
     worker_id worker            # noted where the page is locked
     bint sleeps                 # sleep for the lock instead (not in a fault thread)
     bint patient                # wait for a free frame
+    frame_id spare              # claimed already, by who waited for one to copy the page; or FRAME_NONE
     uint8_t *buffer             # of a page, aligned for O_DIRECT: this thread's own
     bint filled                 # out: it was not resident
     bint read                   # out: and came from a slot, or the object's file
@@ -135,6 +136,22 @@ cdef inline void frame_give_back(pool_t *pool, frame_id f) noexcept nogil:
     engine_wake_waiters(pool, &waiters)
 
 
+cdef inline void spare_give_back(pool_t *pool, wanted_t *want) noexcept nogil:
+    """Nobody waits while holding a frame that others wait for."""
+    if want.spare != FRAME_NONE:
+        frame_give_back(pool, want.spare)
+        want.spare = <frame_id>FRAME_NONE
+
+
+cdef inline frame_id fill_claim(pool_t *pool, wanted_t *want) noexcept nogil:
+    """A frame for a fill: the one held for a copy, where the page has left meanwhile."""
+    cdef frame_id f = want.spare
+    if f != FRAME_NONE:
+        want.spare = <frame_id>FRAME_NONE
+        return f
+    return frame_claim_wait(pool, want.deadline_ns) if want.patient else frame_claim(pool, 0)
+
+
 cdef inline bint fill_install(
     pool_t *pool, frame_id f, page_id page, uint64_t index, object_id o, uint32_t generation, uint64_t pte
 ) noexcept nogil:
@@ -164,7 +181,7 @@ cdef inline void read_failed(pool_t *pool, slot_id slot, int rc) noexcept nogil:
 
 
 cdef inline int slots_read(pool_t *pool, slot_id slot, uint32_t pages, uint8_t *buffer) noexcept nogil:
-    """One try to read neighbouring slots into a buffer of the thread's own."""
+    """One try to read neighbouring slots into a buffer of the thread's own; who asks counts those it wanted."""
     cdef iovec v
     cdef int rc = failpoint_visit(pool.header, FP_FILL_READ)
     if rc == 0:
@@ -172,9 +189,7 @@ cdef inline int slots_read(pool_t *pool, slot_id slot, uint32_t pages, uint8_t *
         v.iov_len = <uint64_t>pages << pool.page_shift
         count(pool, C_READ_CALLS, 1)
         rc = file_transfer(False, pool.area_fds[slot_area(slot)], &v, 1, slot_offset(pool, slot))
-    if rc == 0:
-        count(pool, C_SLOT_READS, pages)
-    else:
+    if rc != 0:
         read_failed(pool, slot, rc)
     return rc
 
@@ -194,6 +209,7 @@ cdef inline int fill_read(pool_t *pool, frame_t *frame, uint8_t *buffer) noexcep
     for _ in range(READ_TRIES):
         rc = slots_read(pool, frame.slot, 1, buffer)
         if rc == 0:
+            count(pool, C_SLOT_READS, 1)
             rc = slot_check(pool, frame.slot, frame.page, buffer)
         if rc == 0:
             return 0
@@ -272,7 +288,7 @@ cdef inline int page_acquire(pool_t *pool, wanted_t *want, frame_id *got) noexce
                 return NOTED
             continue
         sequence = load32(&pool.header.free_sequence)
-        f = frame_claim_wait(pool, want.deadline_ns) if want.patient else frame_claim(pool, 0)
+        f = fill_claim(pool, want)
         if f == FRAME_NONE:
             return -ENOMEM if want.patient else STARVED
         if not fill_install(pool, f, want.page, want.index, want.object, want.object_generation, pte):

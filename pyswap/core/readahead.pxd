@@ -1,19 +1,32 @@
 """Readahead: follow access streams, and queue what is worth reading before it is asked for.
 
 detector_feed() is told of every fault of a region and answers whether it continues a stream.  A stream is
-followed after two steps of one stride; what is then kept ahead of it doubles with every step up to the
-window.  Requests wait in a bounded ring for the readahead threads; a full ring drops them.
+followed after two steps of one stride, or three where it leaves out pages near by; what is then kept ahead of it
+is twice its way so far, up to the window.  One that goes from page to page is followed by pages; one that leaves
+pages out by its addresses, since the rows of a matrix need not be whole pages.  Of such rows a column's pages
+change at one in many, far apart: so of the faults that belong to no stream the latest are looked at, too, whether
+their distance stays the same.
+
+Requests wait in a bounded ring for the readahead threads; a full ring drops them.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pyswap.core.context cimport REQUESTS, STREAMS, detector_t, pool_t, request_t, stream_t
+from pyswap.core.context cimport FAR, NOBODY, REQUESTS, STREAMS, detector_t, pool_t, request_t, stream_t
 from pyswap.core.layout cimport ADVICE_RANDOM, ADVICE_SEQUENTIAL, region_id, region_t
-from pyswap.core.lock cimport add32, futex_wake, load32, load64, mutex_lock, mutex_trylock, mutex_unlock
+from pyswap.core.lock cimport add32, futex_wake, load32, mutex_lock, mutex_trylock, mutex_unlock
+from pyswap.core.pagetable cimport pte_is_frame, pte_read
+from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, region_page
 
 cdef enum:
-    MAX_STRIDE_PAGES = 64       # longer steps are not taken for a stream
+    MAX_STRIDE_PAGES = 64       # longer steps are taken for a stream only where they follow each other at once
+    FIRST_WITH_GAPS = 16        # steps read ahead where each is a read of its own: fewer would not keep the device busy
+    MOST_WITH_GAPS = 128        # and more would not keep it any busier
     CONFIRM = 2                 # steps of one stride before anything is read ahead
+    LONG_STREAM = 8             # steps after which a far one is taken to come again from another place
     STRIDED_SHARES = 16         # requests that a chunk of pages with gaps is asked for in
+    LATELY = 1024               # faults in a region: a stream that had none of them is over
+    AHEAD_SHARE = 8             # of the frames: what may be read ahead of all streams of a region
+    LOOKED_AT = 8               # of the pages that a stream seems to have come by
 
 
 cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
@@ -46,68 +59,131 @@ cdef inline int64_t absolute(int64_t x) noexcept nogil:
     return x if x >= 0 else -x
 
 
-cdef inline bint stream_takes(pool_t *pool, stream_t *s, int64_t index) noexcept nogil:
-    """Whether a fault continues a stream; notes it if so.
+cdef inline int64_t page_start(pool_t *pool, int64_t position) noexcept nogil:
+    return position & ~(<int64_t>pool.page_bytes - 1)
 
-    Steps may be left out, because what is resident is mapped around a fault and read ahead of it.
-    """
-    cdef int64_t delta = index - s.last
-    cdef int64_t slack
-    if delta == 0:
-        return True
-    if s.stride == 0:
-        if absolute(delta) > MAX_STRIDE_PAGES:
+
+cdef inline int adjacency(pool_t *pool, int64_t stride) noexcept nogil:
+    """1 or -1 for a stream of neighbouring pages; 0 for one that leaves pages out."""
+    return 1 if stride == <int64_t>pool.page_bytes else -1 if stride == -<int64_t>pool.page_bytes else 0
+
+
+cdef inline int64_t steps_left_out(pool_t *pool, stream_t *s) noexcept nogil:
+    """The most steps from one fault of a stream to the next: what is mapped around one and read ahead is left out."""
+    return s.window + pool.header.around_pages if s.confirmed >= CONFIRM else 1
+
+
+cdef inline bint in_memory(pool_t *pool, region_id r, int64_t index) noexcept nogil:
+    return pte_is_frame(pte_read(pool, region_page(pool, r, index) & PAGE_MASK))
+
+
+cdef inline bint came_by(pool_t *pool, region_id r, stream_t *s, int64_t position, int64_t steps) noexcept nogil:
+    """Whether a stream may have gone to a fault without another: not where it would have met a page that is out."""
+    cdef int64_t i
+    if steps > steps_left_out(pool, s):
+        return False
+    for i in range(1, min(steps, <int64_t>LOOKED_AT)):
+        if not in_memory(pool, r, (position - i * s.stride) >> pool.page_shift):
             return False
-        s.stride = delta
-        s.confirmed = 1
-    else:
-        if (delta > 0) != (s.stride > 0) or delta % s.stride != 0:
-            return False
-        slack = s.window + pool.header.around_pages if s.confirmed >= CONFIRM else 1
-        if delta // s.stride > slack:
-            return False
-        s.confirmed += 1
-    s.last = index
     return True
 
 
-cdef inline stream_t *stream_replace(detector_t *d, int64_t index) noexcept nogil:
+cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
+    """Whether a fault continues a stream; notes it if so."""
+    cdef int64_t page = <int64_t>pool.page_bytes
+    cdef int64_t delta = page_start(pool, position) - page_start(pool, s.last)
+    if delta == 0:
+        return True
+    if s.stride == 0:
+        if absolute(delta) > MAX_STRIDE_PAGES * page:
+            return False
+        s.stride = delta if absolute(delta) == page else position - s.last
+        # By chance many faults lie within reach of one of the others, few right beside it.
+        s.confirmed = 1 if absolute(delta) == page else 0
+    else:
+        if adjacency(pool, s.stride) == 0:
+            delta = position - s.last
+        if (delta > 0) != (s.stride > 0) or delta % s.stride != 0:
+            return False
+        if not came_by(pool, r, s, position, delta // s.stride):
+            return False
+        s.confirmed += <uint32_t>(delta // s.stride)
+    s.last = position
+    return True
+
+
+cdef inline bint far_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
+    """Whether a fault is as far from the latest one as that was from the one before; else the stream begins anew.
+
+    After one that went on for long, as down a column, it begins with the same stride: the next column is likely.
+    """
+    cdef int64_t delta = position - s.last
+    cdef int64_t steps = delta // s.stride if s.stride else 0
+    s.last = position
+    if steps > 0 and delta == steps * s.stride and came_by(pool, r, s, position, steps):
+        s.confirmed += <uint32_t>steps
+        return True
+    if s.confirmed >= LONG_STREAM:
+        s.confirmed = CONFIRM
+    else:
+        s.stride = delta
+        s.confirmed = 1
+    s.ahead = position
+    s.window = 0
+    s.generation += 1
+    return s.confirmed >= CONFIRM
+
+
+cdef inline stream_t *stream_replace(detector_t *d, int64_t position) noexcept nogil:
     cdef stream_t *oldest = &d.streams[0]
     cdef int i
     for i in range(1, STREAMS):
         if d.streams[i].used < oldest.used:
             oldest = &d.streams[i]
-    oldest.last = index
+    oldest.last = position
     oldest.stride = 0
-    oldest.ahead = index
+    oldest.ahead = position
     oldest.confirmed = 0
     oldest.window = 0
     oldest.generation += 1
     return oldest
 
 
+cdef inline uint32_t window_share(pool_t *pool, detector_t *d) noexcept nogil:
+    """How far ahead one stream may be: what all of them have brought must be there yet when it is asked for."""
+    cdef uint32_t n = 0
+    cdef int i
+    for i in range(STREAMS + 1):
+        n += d.streams[i].confirmed >= CONFIRM and d.time - d.streams[i].used < LATELY
+    return min(pool.header.window_pages, max(<uint32_t>pool.header.frame_count // AHEAD_SHARE // max(n, 1), 4))
+
+
 cdef inline void stream_ask(
-    pool_t *pool, region_id r, detector_t *d, stream_t *s, int64_t index
+    pool_t *pool, region_id r, uint32_t generation, detector_t *d, stream_t *s, int64_t position
 ) noexcept nogil:
     """Queue what the window has room for: requests of a chunk, from where the last one ended."""
     cdef region_t *region = &pool.regions[r]
     cdef request_t request
     cdef int64_t step = s.stride, sign = 1 if s.stride > 0 else -1
     cdef int64_t limit, steps, most = pool.header.chunk_pages
-    if step != 1 and step != -1:
-        # Each page is a read of its own: more threads share them, and the reader overtakes none of them.
-        most = max(most // STRIDED_SHARES, 1)
-    s.window = s.window * 2 if s.window else 4
-    if s.window > pool.header.window_pages or region.advice == ADVICE_SEQUENTIAL:
-        s.window = pool.header.window_pages
-    if (s.ahead - index) * sign <= 0:
-        s.ahead = index + step
-    limit = index + step * (<int64_t>s.window + 1)
+    s.window = window_share(pool, d)
+    if region.advice != ADVICE_SEQUENTIAL:
+        # No more than twice what it has gone already: most rows, and parts of arrays, end somewhere.
+        s.window = min(2 * s.confirmed, s.window)
+    if adjacency(pool, step):
+        position = page_start(pool, position)
+    else:
+        s.window = max(min(s.window, <uint32_t>MOST_WITH_GAPS), <uint32_t>FIRST_WITH_GAPS)
+        # Each page is a read of its own: the threads share them, and the reader overtakes none of them.
+        most = max(min(most // STRIDED_SHARES, <int64_t>s.window // 4), 1)
+    if (s.ahead - position) * sign <= 0:
+        s.ahead = position + step
+    limit = position + step * (<int64_t>s.window + 1)
     request.object = region.object
     request.generation = region.object_generation
     request.stride = step
     request.region = r
-    request.region_generation = <uint32_t>(load64(&region.word) >> 32)
+    request.region_generation = generation
     request.stream = <uint32_t>(s - &d.streams[0])
     request.stream_generation = s.generation
     while (limit - s.ahead) * sign > 0:
@@ -119,44 +195,59 @@ cdef inline void stream_ask(
             steps = most
         request.first = s.ahead
         request.count = <uint32_t>steps
-        if s.ahead < 0 or s.ahead >= <int64_t>region.pages or not request_put(pool, &request):
+        if s.ahead < 0 or s.ahead >= <int64_t>(region.pages << pool.page_shift) or not request_put(pool, &request):
             return
         s.ahead += step * steps
 
 
-cdef inline int64_t detector_feed(pool_t *pool, region_id r, int64_t index) noexcept nogil:
-    """The stride of the stream that the fault continues, when it is worth following; 0 otherwise."""
+cdef inline int detector_feed(
+    pool_t *pool, region_id r, uint32_t generation, int64_t position, int64_t *gap
+) noexcept nogil:
+    """Whether the fault continues a stream that is worth following.
+
+    Its direction, 1 or -1, where that is a stream of neighbouring pages; where it leaves pages out, its stride goes
+    to `gap`, in bytes.  Else both are 0.
+    """
     cdef detector_t *d = pool.detectors[r]
     cdef stream_t *s
-    cdef int64_t stride = 0
+    cdef int direction = 0
     cdef int i
+    gap[0] = 0
     if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
+        return 0
+    if not life_hold(&pool.regions[r].word, generation):
+        mutex_unlock(&d.lock)
         return 0
     d.time += 1
     for i in range(STREAMS):
         s = &d.streams[i]
-        if s.used and stream_takes(pool, s, index):
+        if s.used and stream_takes(pool, r, s, position):
             break
     else:
-        s = stream_replace(d, index)
+        s = &d.streams[FAR]
+        if not far_takes(pool, r, s, position):
+            s = stream_replace(d, position)
     s.used = d.time
     if s.confirmed >= CONFIRM or (pool.regions[r].advice == ADVICE_SEQUENTIAL and s.confirmed):
-        stride = s.stride
-        stream_ask(pool, r, d, s, index)
+        direction = adjacency(pool, s.stride)
+        if direction == 0:
+            gap[0] = s.stride
+        stream_ask(pool, r, generation, d, s, position)
+    life_drop(&pool.regions[r].word)
     mutex_unlock(&d.lock)
-    return stride
+    return direction
 
 
-cdef inline void stream_fell_short(pool_t *pool, request_t *request, int64_t index) noexcept nogil:
-    """Readahead found no frame for `index`: the stream asks again from there."""
+cdef inline void stream_fell_short(pool_t *pool, request_t *request, int64_t position) noexcept nogil:
+    """Readahead found no frame for what is there: the stream asks again from there."""
     cdef detector_t *d
     cdef stream_t *s
-    if request.stream >= STREAMS:
+    if request.stream == NOBODY:
         return
     d = pool.detectors[request.region]
     mutex_lock(&d.lock)
     s = &d.streams[request.stream]
     if s.generation == request.stream_generation and s.stride == request.stride:
-        if (s.ahead - index) * (1 if s.stride > 0 else -1) > 0:
-            s.ahead = index
+        if (s.ahead - position) * (1 if s.stride > 0 else -1) > 0:
+            s.ahead = position
     mutex_unlock(&d.lock)

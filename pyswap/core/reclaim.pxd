@@ -26,7 +26,7 @@ from pyswap.core.frame cimport (
     reclaim_kick,
 )
 from pyswap.core.layout cimport C_WRITE_AHEAD, FRAME_NONE, PRESENT, frame_id, frame_t
-from pyswap.core.lock cimport add32, futex_wait, load32, store32
+from pyswap.core.lock cimport add32, futex_wait, load32, loadi64, store32
 from pyswap.core.victim cimport (
     cold_take,
     compare_victims,
@@ -82,6 +82,8 @@ cdef inline uint32_t write_ahead_batch(pool_t *pool) noexcept nogil:
     cdef uint32_t n = 0, step, hand = load32(&pool.hand), frames = <uint32_t>pool.header.frame_count
     cdef uint32_t f, wanted = pool.header.batch_pages
     cdef frame_t *frame
+    if loadi64(&pool.header.dirty_count) == 0:
+        return 0
     for step in range(frames // 2):
         f = (hand + pool.header.batch_pages + step) % frames
         frame = &pool.frames[f]

@@ -6,7 +6,7 @@ that with SIGBUS.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport pool_t
-from pyswap.core.kernel cimport file_allocate, file_punch, file_transfer, iovec
+from pyswap.core.kernel cimport file_allocate, file_punch, file_transfer, iovec, mapping_forget
 from pyswap.core.layout cimport page_id
 from pyswap.core.lock cimport FP_FALLOCATE, failpoint_visit, panic
 
@@ -35,3 +35,12 @@ cdef inline void store_punch(pool_t *pool, page_id page, uint32_t pages) noexcep
     cdef int rc = file_punch(pool.store_fd, page << pool.page_shift, <uint64_t>pages << pool.page_shift)
     if rc != 0:
         panic("store_punch: the store keeps its bytes", page, pages, <uint64_t>-rc)
+
+
+cdef inline void store_unmap(pool_t *pool, page_id page, uint64_t pages) noexcept nogil:
+    """Unmap pages from the swapper itself, which reads them to write them out.
+
+    All of a batch at once: one that a punch has to unmap costs an interrupt of the other processors, where threads of
+    the swapper run.
+    """
+    mapping_forget(pool.store + (page << pool.page_shift), pages << pool.page_shift)

@@ -391,6 +391,7 @@ cdef inline void counts_repair(pool_t *pool) noexcept nogil:
             frame_push_free(pool, <frame_id>f)
     for i in range(STATES):
         pool.header.state_count[i] = counts[i]
+    pool.header.resident_count = counts[PRESENT] + counts[WRITEBACK]
 
 
 cdef inline void tables_repair(pool_t *pool) noexcept nogil:
