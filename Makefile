@@ -32,23 +32,31 @@ CORE_ONLY := --ignore=tests/test_continents.py --ignore=tests/test_what_if.py --
 demo: $(VENV)/.demo
 	$(PY) examples/continents.py $(DEMO_ARGS)
 
-# What another user runs, and what it is run in, takes as long as the debug build's tests: both at once.
+# Another user's suite takes nearly as long as all the rest, and what needs no other tests to be quiet as
+# long as the debug build's: each beside the other.  The other user runs the core tests on the debug
+# build too; where there is none, that is left to us.  The variable tells the processes of one run
+# from those of another.
+DEBUG_TESTS := $(if $(filter 0,$(shell id -u)),failpoint,core or failpoint)
+BESIDE := $(patsubst %,tests/test_%.py,bench continents docs doctor hit_rates run scale stateful stress \
+          tidy user_types what_if working_set)
 test: $(VENV)/.test
 	$(PY) $(PYTEST) tests/test_user.py $(TEST_ARGS) >$(VENV)/user.log 2>&1 & user=$$!; \
-	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "core or failpoint" $(TEST_ARGS); debug=$$?; \
+	PYSWAP_TEST_RUN=beside $(PY) $(PYTEST) -m "not extras" $(BESIDE) $(TEST_ARGS) >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "$(DEBUG_TESTS)" $(TEST_ARGS); debug=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; \
+	$(PY) $(PYTEST) -m "not extras" --ignore=tests/test_user.py $(BESIDE:%=--ignore=%) $(TEST_ARGS); release=$$?; \
 	wait $$user; user=$$?; cat $(VENV)/user.log; \
-	[ $$debug = 0 ] && { [ $$user = 0 ] || [ $$user = 5 ]; }
-	$(PY) $(PYTEST) -m "not extras" --ignore=tests/test_user.py $(TEST_ARGS)
+	echo "== debug build: $$debug, release build: $$beside and $$release, another user: $$user (5: no test)"; \
+	[ $$debug = 0 ] && [ $$beside = 0 ] && [ $$release = 0 ] && { [ $$user = 0 ] || [ $$user = 5 ]; }
 
 test-extras: $(VENV)/.extras
 	$(PY) $(PYTEST) -m extras tests/test_neighbours.py tests/test_docs.py $(TEST_ARGS)
 
-# What takes long: sanitizers, mutants, the model of the protocol, and a soak.
+# What takes long: sanitizers, mutants, a soak; and beside them the search of the protocol's model.
 deep: $(VENV)/.test
-	$(PY) tests/sanitized.py
-	$(PY) tests/mutants.py
-	$(MAKE) --no-print-directory model
-	$(PY) tests/soak.py --minutes $(SOAK_MINUTES)
+	$(MAKE) --no-print-directory model >$(VENV)/model.log 2>&1 & model=$$!; \
+	$(PY) tests/sanitized.py && $(PY) tests/mutants.py && $(PY) tests/soak.py --minutes $(SOAK_MINUTES); tests=$$?; \
+	wait $$model; model=$$?; cat $(VENV)/model.log; [ $$tests = 0 ] && [ $$model = 0 ]
 
 # The protocol in Promela: its states, and each mutant found out (tests/model/).
 model:
@@ -99,11 +107,11 @@ $(VENV)/.ready:
 	$(PIP) install $(BUILD_NEEDS)
 	@touch $@
 
-# One Python after the other, each with an environment of its own; pyenv's are found where its
-# shims would refuse.  The one that make test uses is left to it.
+# Each with an environment of its own, built one after the other, since the C files are the same, and
+# tested all at once; what fails beside the others must pass alone.  pyenv's are found where its shims
+# would refuse.  The one that make test uses is left to it.
 test-pythons:
-	@set -e; found=0; \
-	tested=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	@tested=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); found=; started=; failed=; \
 	for version in 3.10 3.11 3.12 3.13; do \
 	  if [ "$$version" = "$$tested" ]; then \
 	    echo "== Python $$version: left to make test, which runs these tests and the others on it"; \
@@ -116,14 +124,29 @@ test-pythons:
 	      sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null; \
 	    then echo $$candidate; break; fi; done); \
 	  if [ -z "$$python" ]; then echo "== Python $$version: not found, or without venv or headers"; \
-	  else echo "== Python $$version: $$python"; found=$$((found + 1)); \
-	    $(MAKE) --no-print-directory test-python PYTHON=$$python VENV=.venv-$$version; fi; \
+	  else echo "== Python $$version: $$python"; \
+	    $(MAKE) --no-print-directory .venv-$$version/.core PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	    found="$$found $$version"; fi; \
 	done; \
-	echo "== the core tests passed on $$found Pythons beside $$tested"; [ $$found -gt 0 ]
+	for version in $$found; do \
+	  $(MAKE) --no-print-directory test-python VENV=.venv-$$version >.venv-$$version/log 2>&1 & \
+	  started="$$started $$version:$$!"; \
+	done; \
+	for one in $$started; do \
+	  wait $${one#*:} || failed="$$failed $${one%:*}"; cat .venv-$${one%:*}/log; \
+	done; \
+	for version in $$failed; do \
+	  echo "== Python $$version: what failed beside the others, once more and alone"; \
+	  $(MAKE) --no-print-directory test-python VENV=.venv-$$version CHANCE="--last-failed --last-failed-no-failures=none" || exit 1; \
+	done; \
+	echo "== the core tests ran on$$found, beside $$tested"; [ -n "$$found" ]
+
+# One Python is enough for what is long because it is left to chance.
+CHANCE := --ignore=tests/test_stateful.py --ignore=tests/test_stress.py --ignore=tests/test_working_set.py
 
 .PHONY: test-python
 test-python: $(VENV)/.core
-	$(PY) $(PYTEST) -m core $(CORE_ONLY) $(TEST_ARGS)
+	PYSWAP_TEST_RUN=$(VENV) $(PY) $(PYTEST) -o cache_dir=$(VENV)/tested -m core $(CORE_ONLY) $(CHANCE) $(TEST_ARGS)
 
 $(VENV)/.core: $(VENV)/.ready $(SOURCES)
 	PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test-core]"

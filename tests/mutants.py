@@ -25,6 +25,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "mutants"
 
@@ -132,12 +134,15 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
     there = [test for test in tests if (tree / test.split("::")[0]).exists()]
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider"]
     command += [f"--timeout={SILENCE_S - 10}", "--timeout-method=thread"]
+    # Of whole files only those; a test that is named is run whatever its marks are.
+    if not any("::" in test for test in there):
+        command += ["-m", "core or failpoint"]
     own = {"PYSWAP_ENGINE": "debug", "PYSWAP_WAIT_S": str(WAIT_S), "PYTHONPATH": str(tree)}
     own |= {"COLUMNS": str(2 * LINE), MARK: str(tree)}
     log = tree / "log"
     with log.open("w") as out:
         running = subprocess.Popen(
-            [*command, "-m", "core or failpoint", *there],
+            [*command, *there],
             cwd=tree,
             env={**os.environ, **own},
             stdin=subprocess.DEVNULL,
@@ -154,10 +159,18 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
 
 
 def failure(tree: Path, tests: list[str]) -> str | None:
-    """Run tests until one fails; names it, and says why it failed."""
+    """Run tests until one fails; names it, and says why it failed.
+
+    Raises
+    ------
+    ValueError
+        If there are no such tests.
+    """
     status, log = run_tests(tree, tests)
     if status == 0:
         return None
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise ValueError(f"pytest ran none of these tests: {' '.join(tests)}")
     for kind in ("FAILED", "ERROR"):
         if found := re.search(rf"^{kind} (tests/.+)", log, re.MULTILINE):
             return found[1][:LINE]

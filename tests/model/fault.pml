@@ -1,5 +1,13 @@
 /* A fault thread: core/fault, core/page, core/mapping; and the first half of core/copy. */
 
+/* spare_give_back(). */
+inline drop_spare() {
+    if
+    :: spare != NONE -> give_back(spare); spare = NONE
+    :: else
+    fi
+}
+
 /* fault_resolve(), for the faults of one worker; t is the thread. */
 proctype fault(byte me; byte w; byte t) {
     byte i, p, e, f, g, q, bits, at, k, spare = NONE;
@@ -55,9 +63,16 @@ acquire:
         fi
         };
 fill:
-        /* frame_claim(), or the patient threads' frame_claim_wait(); fill_install(). */
+        /* fill_claim(): the frame held for a copy, or frame_claim_wait(); fill_install(). */
         TOGETHER {
-        claim_wait(f);
+        if
+#ifndef M_HOLD_SPARE
+        :: atomic { spare != NONE -> f = spare; spare = NONE }
+        :: atomic { spare == NONE && ANY_FRAME(IS_FREE) -> claim(f, got) }
+#else
+        :: atomic { ANY_FRAME(IS_FREE) -> claim(f, got) }
+#endif
+        fi;
         d_step {
             page[f] = p; slot[f] = SLOT_OF(e);
 #ifdef M_BLIND_INSTALL
@@ -98,7 +113,7 @@ have:
 #ifndef M_NO_GATE
             d_step { got = !shut[w]; if :: got -> gate[w]++ :: else fi };
             if
-            :: !got -> users[w]--; unlock(f); (!shut[w]); goto find
+            :: !got -> users[w]--; unlock(f); drop_spare(); (!shut[w]); goto find
             :: else
             fi
 #else
@@ -199,10 +214,7 @@ copy:
 #endif
 done:
         TOGETHER {
-        if
-        :: spare != NONE -> give_back(spare); spare = NONE
-        :: else
-        fi;
+        drop_spare();
         d_step { i = 0; p = 0; e = 0; f = 0; g = 0; q = 0; write = 0; protected = 0; filled = 0; got = 0 }
         }
     od

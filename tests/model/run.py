@@ -1,6 +1,9 @@
 """Check the model with spin: the protocol holds in every state, and each mutant is found out.
 
-    python run.py [--quick] [NAME ...]    the short configurations alone; or what is named
+    python run.py [--quick | --short] [NAME ...]
+
+--quick searches the quick configurations alone, --short all but the long ones, and the mutants; or
+what is named is searched.
 
 Prints for each search the states, the depth, the seconds and the verdict; exits with 1 where one
 is wrong.
@@ -18,8 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MEMORY_MB = 6000
-DEPTH = 8_000_000
-SEARCH_S = 300
+DEPTH = 20_000_000
+SEARCH_S = 1800
 """How long one search may take, in seconds."""
 
 WRITERS: list[str] = []
@@ -28,7 +31,9 @@ TWINS = [*PRIVATE, "-DTWINS=1", "-DFRAMES=2"]
 COPIES = [*PRIVATE, "-DFRAMES=3", "-DPAGES=3"]
 FORK = [*COPIES, "-DBOTH_BORN=0", "-DMAY_BEAR=1", "-DSNAPSHOT=1"]
 ONE_FORK = [*PRIVATE, "-DBOTH_BORN=0", "-DMAY_BEAR=1", "-DFRAMES=2"]
+EVICTED = ["-DEVICTS=1", "-DFRAMES=2", "-DWRITE_AHEAD=0"]
 SWAPPER_DIES = ["-DSWAPPER_DIES=1", "-DBOTH_BORN=0"]
+WORKER_DIES = ["-DWORKER_DIES=1"]
 FINE = "-DFINE=1"
 
 PROTOCOL: dict[str, list[str]] = {
@@ -36,10 +41,21 @@ PROTOCOL: dict[str, list[str]] = {
     "copies by both sharers": COPIES,
     "faults of two threads at a copy": TWINS,
     "fork while pages are copied": FORK,
+    "copies and eviction": [*PRIVATE, *EVICTED],
+    "fork, copies and eviction": [*ONE_FORK, *EVICTED],
+    "eviction, a worker dies": WORKER_DIES,
+    "copies, a worker dies": [*PRIVATE, "-DFRAMES=2", *WORKER_DIES],
     "eviction, the swapper dies": SWAPPER_DIES,
 }
 """What is searched to the end, and with which switches."""
-QUICK = ["two writers, eviction", "faults of two threads at a copy", "eviction, the swapper dies"]
+QUICK = [
+    "two writers, eviction",
+    "faults of two threads at a copy",
+    "copies, a worker dies",
+    "eviction, the swapper dies",
+]
+LONG = ["copies and eviction", "fork, copies and eviction", "eviction, a worker dies"]
+"""Two minutes and more, and up to 5 GB of memory."""
 
 MUTANTS: dict[str, list[str]] = {
     "NO_PROTECT": WRITERS,
@@ -60,6 +76,7 @@ MUTANTS: dict[str, list[str]] = {
     "DROP_EARLY": COPIES,
     "COPY_LATE": [*COPIES, FINE],
     "NO_PIN": [*COPIES, "-DEVICTS=1", "-DFRAMES=2"],
+    "HOLD_SPARE": [*PRIVATE, *EVICTED],
     "SHARE_PINNED": FORK,
     "FORK_WRITABLE": ONE_FORK,
     "NO_GATE": [*ONE_FORK, FINE],
@@ -129,7 +146,7 @@ def search(switches: list[str]) -> Search:
         # steps together that nobody sees apart.
         options = ["-O1", "-w", "-DSAFETY", "-DNOREDUCE", "-DCOLLAPSE", "-DVECTORSZ=1024"]
         said += command("cc", [*options, f"-DMEMLIM={MEMORY_MB}", "-o", "pan", "pan.c"], folder)
-        said += command(str(folder / "pan"), ["-n", "-w24", f"-m{DEPTH}"], folder)
+        said += command(str(folder / "pan"), ["-n", "-w26", f"-m{DEPTH}"], folder)
     states = re.search(r"(\S+) states, stored", said)
     depth = re.search(r"depth reached (\d+)", said)
     seconds = re.search(r"elapsed time (\S+)", said)
@@ -151,9 +168,11 @@ def main(arguments: list[str]) -> int:
         return 1
     names = [a for a in arguments if not a.startswith("--")]
     quick = "--quick" in arguments
+    left_out = LONG if "--short" in arguments else []
+    chosen = QUICK if quick else [name for name in PROTOCOL if name not in left_out]
     wrong = found = mutants = 0
     for name, switches in PROTOCOL.items():
-        if name in names or (not names and (not quick or name in QUICK)):
+        if name in (names or chosen):
             result = search(switches)
             wrong += result.verdict != "complete"
             print(f"{name:34} {result}", flush=True)
