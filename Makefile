@@ -54,9 +54,10 @@ test-extras: $(VENV)/.extras
 
 # What takes long: sanitizers, mutants, a soak; and beside them the search of the protocol's model.
 deep: $(VENV)/.test
-	$(MAKE) --no-print-directory model >$(VENV)/model.log 2>&1 & model=$$!; \
-	$(PY) tests/sanitized.py && $(PY) tests/mutants.py && $(PY) tests/soak.py --minutes $(SOAK_MINUTES); tests=$$?; \
-	wait $$model; model=$$?; cat $(VENV)/model.log; [ $$tests = 0 ] && [ $$model = 0 ]
+	( $(MAKE) --no-print-directory model >$(VENV)/model.log 2>&1; model=$$?; cat $(VENV)/model.log; exit $$model ) & model=$$!; \
+	{ $(PY) tests/sanitized.py && $(PY) tests/mutants.py && $(PY) tests/soak.py --minutes $(SOAK_MINUTES); } >$(VENV)/deep.log 2>&1; tests=$$?; \
+	wait $$model; model=$$?; cat $(VENV)/deep.log; \
+	echo "== sanitizers, mutants, soak: $$tests, model: $$model"; [ $$tests = 0 ] && [ $$model = 0 ]
 
 # The protocol in Promela: its states, and each mutant found out (tests/model/).
 model:

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,16 @@ def until(predicate: Callable[[], object], what: str, seconds: float = WAIT_S) -
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds} s: {what}")
         time.sleep(POLL_S)
+
+
+def where_threads_are(pid: int) -> str:
+    """Tell what each thread of a process waits for: a line each, with its name, place and call."""
+    lines = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            read = [(task / name).read_text().strip() for name in ("comm", "wchan", "syscall")]
+            lines.append(f"process {pid}, thread {task.name}: {', '.join(read)}")
+    return "\n".join(lines)
 
 
 def page_id(pool: Any, a: Any) -> int:

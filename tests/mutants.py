@@ -44,7 +44,8 @@ OTHERS = (
 
 PIECE = re.compile(r"^<<<<<<<\n(.*?)^=======\n(.*?)^>>>>>>>\n", re.MULTILINE | re.DOTALL)
 
-# How long a test waits for what ought to happen soon, and a run for the next line of its log.
+# How long a mutant's test waits for what ought to happen soon, and a run for the next line of its
+# log.  The unchanged tree's tests wait as long as ever: beside the others they may be slow.
 WAIT_S = 10
 SILENCE_S = 120
 
@@ -129,7 +130,7 @@ def end_processes(tree: Path) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
-def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
+def run_tests(tree: Path, tests: list[str], wait_s: int | None = WAIT_S) -> tuple[int | None, str]:
     """Run tests until one fails; the status, None for one that hung, and the log."""
     there = [test for test in tests if (tree / test.split("::")[0]).exists()]
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider"]
@@ -137,7 +138,8 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
     # Of whole files only those; a test that is named is run whatever its marks are.
     if not any("::" in test for test in there):
         command += ["-m", "core or failpoint"]
-    own = {"PYSWAP_ENGINE": "debug", "PYSWAP_WAIT_S": str(WAIT_S), "PYTHONPATH": str(tree)}
+    own = {"PYSWAP_ENGINE": "debug", "PYTHONPATH": str(tree)}
+    own |= {"PYSWAP_WAIT_S": str(wait_s)} if wait_s else {}
     own |= {"COLUMNS": str(2 * LINE), MARK: str(tree)}
     log = tree / "log"
     with log.open("w") as out:
@@ -158,7 +160,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
     return status, log.read_text(errors="replace")
 
 
-def failure(tree: Path, tests: list[str]) -> str | None:
+def failure(tree: Path, tests: list[str], wait_s: int | None = WAIT_S) -> str | None:
     """Run tests until one fails; names it, and says why it failed.
 
     Raises
@@ -166,7 +168,7 @@ def failure(tree: Path, tests: list[str]) -> str | None:
     ValueError
         If there are no such tests.
     """
-    status, log = run_tests(tree, tests)
+    status, log = run_tests(tree, tests, wait_s)
     if status == 0:
         return None
     if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -215,7 +217,7 @@ def unchanged(mutants: list[Mutant]) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="pyswap-mutant-") as folder:
         tree = Path(folder)
         copy_tree(tree)
-        why = build(tree) or failure(tree, tests)
+        why = build(tree) or failure(tree, tests, None)
     return Verdict("the unchanged tree", f"FAILS: {why}" if why else "passes", why is None)
 
 
@@ -229,18 +231,22 @@ def main() -> int:
     if unknown := set(given.names) - {m.name for m in mutants}:
         parser.error(f"no such mutants: {' '.join(sorted(unknown))}")
     mutants = [m for m in mutants if not given.names or m.name in given.names]
-    unseen = 0
+    wrong: list[str] = []
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as threads:
         tried = [threads.submit(functools.partial(unchanged, mutants))]
         tried += [threads.submit(functools.partial(verdict, mutant)) for mutant in mutants]
         for done in concurrent.futures.as_completed(tried):
             told = done.result()
-            unseen += not told.seen
-            print(f"{told.name}: {told.line}", flush=True)
+            line = f"{told.name}: {told.line}"
+            print(line, flush=True)
+            if not told.seen:
+                wrong.append(line)
     seconds = time.monotonic() - began
-    print(f"{len(tried) - unseen} of {len(tried)} as they should be, in {seconds:.0f} s")
-    return int(unseen > 0)
+    print(f"{len(tried) - len(wrong)} of {len(tried)} as they should be, in {seconds:.0f} s")
+    if wrong:
+        print("not as they should be:", *wrong, sep="\n")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

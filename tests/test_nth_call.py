@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from failpoints import WAIT_S, until
+from failpoints import WAIT_S, until, where_threads_are
 
 import pyswap
 from pyswap._native import native
@@ -293,6 +294,7 @@ class Started:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(os.open(self._told, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
             sys.stderr = os.fdopen(2, "w", buffering=1)
+            faulthandler.register(signal.SIGUSR1)
             self.calls.join()
             run = Run(folder, times)
             run.all()
@@ -310,10 +312,24 @@ class Started:
             until(self.has_ended, what, 3 * WAIT_S)
             until(lambda: not self.others(), "the end of its swapper")
         except TimeoutError:
-            print(self.told())
+            self.tell_where_it_hangs()
             raise
         assert self._status is not None
         return self._status, self.calls.counts()[0]
+
+    def tell_where_it_hangs(self) -> None:
+        """Print what its processes do: its own Python stack among what it has told."""
+        made, failed = self.calls.counts()
+        print(f"{made} calls, {failed} of which failed")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.pid).children(recursive=True)
+            pids = {self.pid, *self.others(), *(child.pid for child in children)}
+            print(*map(where_threads_are, pids), sep="\n")
+        if not self.has_ended():
+            os.kill(self.pid, signal.SIGUSR1)
+            with contextlib.suppress(TimeoutError):
+                until(lambda: "most recent call first" in self.told(), "its stack", 5)
+        print(self.told())
 
     def has_ended(self) -> bool:
         if self._status is None:
