@@ -254,9 +254,8 @@ class Server:
             + [self.tables.reclaim_loop, self.tables.write_ahead_loop]
         )
         for loop in loops:
-            threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
-        beat = (config.BEAT_MS, self._setup["sizes"]["stuck_ms"])
-        threading.Thread(target=self.tables.beat_loop, args=beat, daemon=True).start()
+            _start_thread(loop)
+        _start_thread(self.tables.beat_loop, config.BEAT_MS, self._setup["sizes"]["stuck_ms"])
         self._selector.register(self._finished_r, selectors.EVENT_READ, self._finish)
 
     def _is_over(self) -> bool:
@@ -1071,6 +1070,18 @@ def take_fence(control_fd: int) -> int | None:
             time.sleep(config.RETRY_S)
         else:
             return fence
+
+
+def _start_thread(loop: Callable[..., None], *args: int) -> None:
+    """Run a loop in a daemon thread that tools like top show under the loop's name."""
+    name = loop.__name__.removesuffix("_loop")
+
+    def run() -> None:
+        with suppress(OSError):
+            Path("/proc/thread-self/comm").write_text(name)
+        loop(*args)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
 
 
 def main() -> None:

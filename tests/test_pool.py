@@ -521,6 +521,16 @@ def test_are_the_facts_those_that_were_asked_for(tmp_path: Any) -> None:
     assert "closed" in repr(p)
 
 
+def test_does_each_thread_of_a_swapper_tell_its_work_by_its_name(pool: Any) -> None:
+    tasks = Path(f"/proc/{pool.swapper_pid}/task")
+    expected = {"fault", "starved", "readahead", "reclaim", "write_ahead", "beat"}
+
+    def names() -> set[str]:
+        return {(task / "comm").read_text().strip() for task in tasks.iterdir()}
+
+    until(lambda: names() >= expected, "all threads run under their names")
+
+
 def test_is_a_budget_rounded_to_whole_pages() -> None:
     with pyswap.Pool((1 << 20) + 5000, 5000, page_size=PAGE) as pool:
         assert pool.memory == (1 << 20) + PAGE
