@@ -87,6 +87,7 @@ open:
 gone:
         (users[w] == 0);
 #if FORKS
+#ifndef M_COPIES_NOT_ENDED
         /* copies_end(), copy_abandon() */
         TOGETHER {
         d_step { got = copy_state[w] == C_ORDERED; if :: got -> copy_state[w] = C_ENDING :: else fi };
@@ -101,6 +102,7 @@ gone:
         :: else -> (copy_state[w] == C_FREE)
         fi
         };
+#endif
         /* region_unshare() */
         TOGETHER {
         d_step { references[map[AT(w, 0)]]--; copying[w] = 0; map[AT(w, 0)] = NONE }
@@ -163,7 +165,9 @@ sweep:
         d_step { slot_free(slot[f]) };
         slot[f] = NONE;
         d_step { pinned[f] = 0; dirty[f] = 0; state[f] = EVICTING };
+#ifndef M_SWEEP_NO_PUNCH
         d_step { punch(p) }
+#endif
         };
         d_step { MUST(L_PANIC, pte[p] == e); pte[p] = 0 };
         give_back(f);

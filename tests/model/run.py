@@ -3,7 +3,8 @@
     python run.py [--quick | --short] [NAME ...]
 
 --quick searches the quick configurations alone, --short all but the long ones, and the mutants; or
-what is named is searched.
+what is named is searched.  Those that have too many states are sampled for a while, in an order
+that differs from run to run.
 
 Prints for each search the states, the depth, the seconds and the verdict; exits with 1 where one
 is wrong.
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,9 @@ MEMORY_MB = 6000
 DEPTH = 20_000_000
 SEARCH_S = 1800
 """How long one search may take, in seconds."""
+SAMPLE_MINUTES = 1
+"""How long a configuration is sampled."""
+COMPLETE, NOT_TO_THE_END = "complete", "not searched to the end"
 
 WRITERS: list[str] = []
 PRIVATE = ["-DFORKS=1", "-DZEROS=0", "-DEVICTS=0"]
@@ -34,6 +39,7 @@ ONE_FORK = [*PRIVATE, "-DBOTH_BORN=0", "-DMAY_BEAR=1", "-DFRAMES=2"]
 EVICTED = ["-DEVICTS=1", "-DFRAMES=2", "-DWRITE_AHEAD=0"]
 SWAPPER_DIES = ["-DSWAPPER_DIES=1", "-DBOTH_BORN=0"]
 WORKER_DIES = ["-DWORKER_DIES=1"]
+BOTH_DIE = ["-DSWAPPER_DIES=1", *WORKER_DIES]
 FINE = "-DFINE=1"
 
 PROTOCOL: dict[str, list[str]] = {
@@ -56,6 +62,15 @@ QUICK = [
 ]
 LONG = ["copies and eviction", "fork, copies and eviction", "eviction, a worker dies"]
 """Two minutes and more, and up to 5 GB of memory."""
+
+SAMPLED: dict[str, list[str]] = {
+    "two writers, the swapper dies": ["-DSWAPPER_DIES=1"],
+    "copies, the swapper dies": [*COPIES, "-DSWAPPER_DIES=1"],
+    "copies and eviction, a worker dies": [*PRIVATE, *EVICTED, *WORKER_DIES],
+    "copies and eviction, both die": [*PRIVATE, *EVICTED, *BOTH_DIE],
+    "fork, copies, eviction, both die": [*ONE_FORK, *EVICTED, *BOTH_DIE],
+}
+"""What has more states than memory holds."""
 
 MUTANTS: dict[str, list[str]] = {
     "NO_PROTECT": WRITERS,
@@ -83,6 +98,9 @@ MUTANTS: dict[str, list[str]] = {
     "MAPPER_LATE": SWAPPER_DIES,
     "REPAIR_NO_PUNCH": SWAPPER_DIES,
     "REPAIR_NO_SLOTS": SWAPPER_DIES,
+    "SWEEP_NO_PUNCH": COPIES,
+    "COPIES_NOT_ENDED": [*PRIVATE, "-DFRAMES=2", *WORKER_DIES],
+    "NO_REMINDER": [*COPIES, "-DSWAPPER_DIES=1"],
     "NO_WAKE_ALL": SWAPPER_DIES,
     "REPAIR_FOREIGN_SLOT": SWAPPER_DIES,
     "REPAIR_BLIND": [*SWAPPER_DIES, "-DFRAMES=2"],
@@ -118,7 +136,7 @@ def command(name: str, arguments: list[str], folder: Path) -> str:
             return process.communicate(timeout=SEARCH_S)[0]
         except subprocess.TimeoutExpired:
             process.kill()
-            return f"not searched to the end in {SEARCH_S} s"
+            return f"{NOT_TO_THE_END} in {SEARCH_S} s"
 
 
 def laws() -> dict[str, str]:
@@ -133,8 +151,8 @@ def broken(message: str) -> str:
     return laws()[law[1]] if law else message
 
 
-def search(switches: list[str]) -> Search:
-    """Search all states, or up to the first error."""
+def search(switches: list[str], seed: int | None = None) -> Search:
+    """Search all states, or up to the first error; with a seed, at random for a while."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for source in HERE.glob("*.pml"):
@@ -144,20 +162,27 @@ def search(switches: list[str]) -> Search:
         said = command("spin", [*named.values(), "-a", "pyswap.pml"], folder)
         # There is rendezvous in an unless, so partial orders are not reduced; the model takes
         # steps together that nobody sees apart.
-        options = ["-O1", "-w", "-DSAFETY", "-DNOREDUCE", "-DCOLLAPSE", "-DVECTORSZ=1024"]
-        said += command("cc", [*options, f"-DMEMLIM={MEMORY_MB}", "-o", "pan", "pan.c"], folder)
-        said += command(str(folder / "pan"), ["-n", "-w26", f"-m{DEPTH}"], folder)
+        options = ["-O1", "-w", "-DSAFETY", "-DNOREDUCE", "-DVECTORSZ=1024"]
+        searched = ["-n", "-w26", f"-m{DEPTH}"]
+        if seed is None:
+            options += ["-DCOLLAPSE", f"-DMEMLIM={MEMORY_MB}"]
+        else:
+            # A state is three bits of a table, so that none is searched twice, and few are missed.
+            options += ["-DBITSTATE", "-DP_RAND", "-DT_RAND"]
+            searched = ["-n", "-w32", "-k3", f"-Q{SAMPLE_MINUTES}", f"-RS{seed}", f"-m{DEPTH // 5}"]
+        said += command("cc", [*options, "-o", "pan", "pan.c"], folder)
+        said += command(str(folder / "pan"), searched, folder)
     states = re.search(r"(\S+) states, stored", said)
     depth = re.search(r"depth reached (\d+)", said)
     seconds = re.search(r"elapsed time (\S+)", said)
     error = re.search(r"pan:1: (.*?)(?: \(at depth|\n)", said)
     if states is None or depth is None or seconds is None:
         return Search("no verdict: " + said.strip()[-200:])
-    verdict = "complete"
+    verdict = COMPLETE
     if error:
         verdict = broken(error[1])
     elif "not completed" in said or "too small" in said or "errors: 0" not in said:
-        verdict = "not searched to the end"
+        verdict = NOT_TO_THE_END
     return Search(verdict, int(float(states[1])), int(depth[1]), float(seconds[1]))
 
 
@@ -174,13 +199,19 @@ def main(arguments: list[str]) -> int:
     for name, switches in PROTOCOL.items():
         if name in (names or chosen):
             result = search(switches)
-            wrong += result.verdict != "complete"
+            wrong += result.verdict != COMPLETE
             print(f"{name:34} {result}", flush=True)
+    seed = time.time_ns() % 1_000_000
+    for name, switches in SAMPLED.items():
+        if name in names or not (names or quick):
+            result = search(switches, seed)
+            wrong += result.verdict not in (COMPLETE, NOT_TO_THE_END)
+            print(f"{name:34} {result}: seed {seed}", flush=True)
     for name, switches in MUTANTS.items():
         if name in names or not (names or quick):
             result = search([*switches, f"-DM_{name}"])
             mutants += 1
-            survives = result.verdict in ("complete", "not searched to the end")
+            survives = result.verdict in (COMPLETE, NOT_TO_THE_END)
             found += not survives and not result.verdict.startswith("no verdict")
             print(f"mutant {name:27} {result}{', and SURVIVES' if survives else ''}", flush=True)
     if mutants:

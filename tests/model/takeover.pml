@@ -91,7 +91,7 @@ next:
 #endif
         w = 0; k = 0
     };
-#if FORKS
+#if FORKS && !defined(M_NO_REMINDER)
     /* copies_remind() */
     do
     :: d_step { w < WORKERS && copying[w] && ALIVE(w) && nfull(orders[w]) -> orders[w] ! copy_name[w], map[AT(w, 0)]; w++ }
