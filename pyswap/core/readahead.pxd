@@ -88,6 +88,12 @@ cdef inline bint came_by(pool_t *pool, region_id r, stream_t *s, int64_t positio
     return True
 
 
+cdef inline bint is_behind_resident(pool_t *pool, region_id r, int64_t position, int64_t delta) noexcept nogil:
+    """Whether a fault is at the first page that was not mapped around another: a scan came by what is in memory."""
+    cdef int64_t around = pool.header.around_pages
+    return delta == (around + 1) << pool.page_shift and in_memory(pool, r, (position >> pool.page_shift) - 1)
+
+
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
     """Whether a fault continues a stream; notes it if so."""
     cdef int64_t page = <int64_t>pool.page_bytes
@@ -95,11 +101,15 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
     if delta == 0:
         return True
     if s.stride == 0:
-        if absolute(delta) > MAX_STRIDE_PAGES * page:
+        if is_behind_resident(pool, r, position, delta):
+            s.stride = page
+            s.confirmed = CONFIRM
+        elif absolute(delta) > MAX_STRIDE_PAGES * page:
             return False
-        s.stride = delta if absolute(delta) == page else position - s.last
-        # By chance many faults lie within reach of one of the others, few right beside it.
-        s.confirmed = 1 if absolute(delta) == page else 0
+        else:
+            s.stride = delta if absolute(delta) == page else position - s.last
+            # By chance many faults lie within reach of one of the others, few right beside it.
+            s.confirmed = 1 if absolute(delta) == page else 0
     else:
         if adjacency(pool, s.stride) == 0:
             delta = position - s.last
