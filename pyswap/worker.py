@@ -34,6 +34,9 @@ from .settings import Settings
 
 _log = logging.getLogger("pyswap")
 
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+"""Where a swapper finds this package: found once, since every forked child names a successor."""
+
 _BOOT = """\
 import os, sys
 if os.fork(): os._exit(0)
@@ -710,8 +713,7 @@ class Attachment:
 
 def _command(program: str, setup: Message) -> list[str]:
     """A program of this Python, without site-packages, that gets the setup as its last argument."""
-    package = str(Path(__file__).resolve().parent.parent)
-    return [sys.executable, "-E", "-S", "-c", program, package, json.dumps(setup)]
+    return [sys.executable, "-E", "-S", "-c", program, _PACKAGE, json.dumps(setup)]
 
 
 def _check_kernel(release: str) -> None:
