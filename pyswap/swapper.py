@@ -427,7 +427,18 @@ class Server:
             for region in worker.promised.values():
                 self.objects.drop(region)
             worker.promised.clear()
-        return {"lost": lost}
+        return {"lost": lost, "whole": self._whole(worker, message)}
+
+    def _whole(self, worker: _Worker, message: Message) -> list[tuple[int, int]]:
+        """Where private regions are that lie in one piece: a child need not ask for each."""
+        whole = []
+        for address, _, _ in _inherited(message):
+            region = worker.regions.get(address)
+            if region is not None and region.object.private:
+                pages = region.object.pages
+                runs = self.tables.region_runs(region.number, region.generation, 0, pages, 1)
+                whole += [(address, first) for _, count, first in runs if count == pages]
+        return whole
 
     def _inherit(self, worker: _Worker, address: int, number: int, generation: int) -> bool:
         """Note a region that a child mapped again; False where its object is gone."""

@@ -248,8 +248,12 @@ class Attachment:
             channel_end.close()
         return sock, channel
 
-    def _hello(self, regions: list[tuple[int, int, int]]) -> list[int]:
-        """Attach this process: returns the addresses whose arrays are gone."""
+    def _hello(self, regions: list[tuple[int, int, int]]) -> tuple[list[int], dict[int, int]]:
+        """Attach this process.
+
+        Returns the addresses whose arrays are gone, and the first page id of each private array
+        that is in one piece.
+        """
         limit = config.HELLO_REGIONS
         if self.control is not None:
             # A child's attendant: the swapper may die before it has answered.
@@ -258,19 +262,20 @@ class Attachment:
         try:
             message = {"op": "hello", "pid": os.getpid(), "last": len(regions) <= limit}
             message["regions"] = regions[:limit]
-            lost = list(self._exchange(message, (self.uffd, pidfd))["lost"])
+            told = [self._exchange(message, (self.uffd, pidfd))]
         finally:
             os.close(pidfd)
         for i in range(limit, len(regions), limit):
             message = {"op": "inherit", "last": len(regions) <= i + limit}
             message["regions"] = regions[i : i + limit]
-            lost += self._exchange(message, ())["lost"]
+            told.append(self._exchange(message, ()))
         if self.control is None:
             self.control = native.Control(self.control_fd)
             if os.fstat(self.store_fd).st_size != self.control.store_bytes():
                 raise Error("the page store is not of the length that the control segment says")
             self._begin_attendant(self.control)
-        return lost
+        lost = [address for answer in told for address in answer["lost"]]
+        return lost, {address: first for answer in told for address, first in answer["whole"]}
 
     def _begin_attendant(self, control: native.Control) -> None:
         assert self._channel is not None
@@ -491,12 +496,13 @@ class Attachment:
             raise self._ended()
         return region
 
-    def _map(self, address: int) -> None:
-        """Map a region where it was reserved: a private one that was shared may be in pieces."""
-        mapped = self.regions[address][3]
+    def _map(self, address: int, whole: int | None = None) -> None:
+        """Map a region where it was reserved: from page id `whole` on, or in pieces."""
         page = self.settings.page_size
+        pages = self.regions[address][3] // page
         writable = address not in self.read_only
-        for index, count, number in self.page_runs(address, 0, mapped // page):
+        runs = self.page_runs(address, 0, pages) if whole is None else [(0, pages, whole)]
+        for index, count, number in runs:
             begin, at = address + index * page, number * page
             native.map_range(begin, count * page, self.store_fd, at, self.uffd, writable)
 
@@ -674,10 +680,11 @@ class Attachment:
             # Nothing is touched before the swapper knows of it: this is the process's only thread.
             for address in self.regions.keys() - self.private:
                 self._map(address)
-            lost = self._hello([(a, o, g) for a, (o, g, _, _) in self.regions.items()])
+            regions = [(a, o, g) for a, (o, g, _, _) in self.regions.items()]
+            lost, whole = self._hello(regions)
             self._pid = os.getpid()
             for address in self.private.difference(lost):
-                self._map(address)
+                self._map(address, whole.get(address))
         except (Error, OSError) as error:
             self._end_attendant()
             self._orphan(list(self.regions), str(error))

@@ -20,6 +20,7 @@ from workers import Worker, until
 
 import pyswap
 from pyswap import config
+from pyswap.worker import Attachment
 
 WORDS = 512
 PAGE_BYTES = 4096
@@ -170,6 +171,33 @@ def is_alone(pool: pyswap.Pool, a: Any) -> None:
     a[::WORDS] += 0
     assert pool.stats().cow_copies == copies
     assert pool.stats().committed_bytes == committed
+
+
+@pytest.mark.core
+def test_asks_a_child_only_where_arrays_are_that_are_in_pieces(
+    pool: pyswap.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [pool.full((8, WORDS), i, np.int64, private=True) for i in range(4)]
+    asked: list[int] = []
+    page_runs = Attachment.page_runs
+
+    def noted(self: Attachment, address: int, first: int, count: int) -> Any:
+        asked.append(address)
+        return page_runs(self, address, first, count)
+
+    monkeypatch.setattr(Attachment, "page_runs", noted)
+    clone = arrays[2].snapshot()
+    arrays[2][3] = 7
+    pieces = arrays[2].__array_interface__["data"][0]
+    asked.clear()
+    pid = os.fork()
+    if pid == 0:
+        right = [[i] * 8 for i in range(4)]
+        right[2][3] = 7
+        seen = [a[:, -1].tolist() for a in arrays]
+        os._exit(0 if (seen, asked) == (right, [pieces]) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (clone == 2).all()
 
 
 @pytest.mark.core
