@@ -175,7 +175,7 @@ cdef inline void stream_ask(
     cdef region_t *region = &pool.regions[r]
     cdef request_t request
     cdef int64_t step = s.stride, sign = 1 if s.stride > 0 else -1
-    cdef int64_t limit, steps, most = pool.header.chunk_pages
+    cdef int64_t limit, steps, most = pool.header.chunk_pages, end = <int64_t>(region.pages << pool.page_shift)
     s.window = window_share(pool, d)
     if region.advice != ADVICE_SEQUENTIAL:
         # No more than twice what it has gone already: most rows, and parts of arrays, end somewhere.
@@ -196,7 +196,11 @@ cdef inline void stream_ask(
     request.region_generation = generation
     request.stream = <uint32_t>(s - &d.streams[0])
     request.stream_generation = s.generation
-    while (limit - s.ahead) * sign > 0:
+    while (limit - s.ahead) * sign > 0 and 0 <= s.ahead < end:
+        # Who scans what others have brought wakes no thread for it.
+        if adjacency(pool, step) and in_memory(pool, r, s.ahead >> pool.page_shift):
+            s.ahead += step
+            continue
         steps = (limit - s.ahead) // step
         # Small leftovers wait until they make half a chunk: large reads, fewer of them.
         if steps * 2 < most and steps * 4 < s.window:
@@ -205,7 +209,7 @@ cdef inline void stream_ask(
             steps = most
         request.first = s.ahead
         request.count = <uint32_t>steps
-        if s.ahead < 0 or s.ahead >= <int64_t>(region.pages << pool.page_shift) or not request_put(pool, &request):
+        if not request_put(pool, &request):
             return
         s.ahead += step * steps
 
