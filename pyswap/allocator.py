@@ -98,7 +98,7 @@ class _House:
             if not self._complained:
                 self._complained = True
                 _log.warning(
-                    "pyswap: NumPy's arrays are in ordinary memory from here on: %s", error
+                    "pyswap: NumPy's arrays are in ordinary memory from here on: %s", str(error)
                 )
             return NO
         finally:
@@ -144,7 +144,7 @@ class _House:
             self.lines.close(token)
             self.lines.open[token] = line
         except (Error, OSError) as error:
-            _log.log(level, without, error)
+            _log.log(level, without, str(error))
             return False
         return True
 
@@ -188,7 +188,7 @@ class _House:
             try:
                 _allocator.arenas_line(token, self.lines.of(attachment))
             except (Error, OSError) as error:
-                _log.error("pyswap: what NumPy frees in this process stays: %s", error)
+                _log.error("pyswap: what NumPy frees in this process stays: %s", str(error))
         self._grows_in = None
         _allocator.free_deferred()
         self.switch()

@@ -150,7 +150,7 @@ def _ancestors() -> Pool | None:
         try:
             pool = pool_at(attachment_for(address))
         except PoolClosedError as error:
-            _log.info("pyswap: the pool of this process's ancestor has ended: %s", error)
+            _log.info("pyswap: the pool of this process's ancestor has ended: %s", str(error))
             continue
         _tell_children(given)
         return pool

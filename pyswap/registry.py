@@ -63,7 +63,6 @@ def register(address: Address) -> Path | None:
             _remove_stale(where)
             _write(where, name, {"address": address})
     except OSError as error:
-        # Its text only: a record that is kept would keep the pool, by the traceback.
         _log.warning("pyswap: pool %r cannot be attached by its name: %s", address.pool, str(error))
         return None
     return folder() / name

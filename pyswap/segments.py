@@ -250,7 +250,9 @@ def _remove_stale(folder: Path, min_age_s: float) -> list[str]:
             os.unlink(folder / name)
         except OSError as error:
             if error.errno != errno.ENOENT:
-                _log.warning("cannot remove %s, left by a dead process: %s", folder / name, error)
+                _log.warning(
+                    "cannot remove %s, left by a dead process: %s", folder / name, str(error)
+                )
             continue
         _log.info("removed %s, left by a dead process", folder / name)
         removed.append(name)

@@ -323,7 +323,8 @@ class Server:
             self._lost(worker)
             return
         except (ValueError, OSError) as error:
-            _log.warning("pyswap: worker %d sent no message and is cut off: %s", worker.pid, error)
+            text = str(error)
+            _log.warning("pyswap: worker %d sent no message and is cut off: %s", worker.pid, text)
             # It may map arrays, and be served for these; of the connection it sees the end.
             with suppress(OSError):
                 worker.sock.shutdown(socket.SHUT_RDWR)

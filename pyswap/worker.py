@@ -565,7 +565,7 @@ class Attachment:
         try:
             self.call("close")
         except Error as error:
-            _log.debug("pyswap: close: %s", error)
+            _log.debug("pyswap: close: %s", str(error))
         self.leaving = True
         self._flush()
 
@@ -583,7 +583,7 @@ class Attachment:
                 with self._lock:
                     self._exchange({"op": "bye"}, ())
             except Error as error:
-                _log.debug("pyswap: bye: %s", error)
+                _log.debug("pyswap: bye: %s", str(error))
         self._drop()
 
     def _drop(self) -> None:
@@ -614,9 +614,8 @@ class Attachment:
             try:
                 prepared = self._prepare_fork(self._sock)
             except (Error, MemoryError, OSError) as error:
-                _log.error(
-                    "pyswap: pool %r: the child will have no arrays: %s", self.settings.name, error
-                )
+                name = self.settings.name
+                _log.error("pyswap: pool %r: the child will have no arrays: %s", name, str(error))
         self._forks[threading.get_ident()] = prepared
 
     def _prepare_fork(self, sock: socket.socket) -> tuple[int, int]:

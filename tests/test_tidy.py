@@ -458,6 +458,20 @@ def test_does_the_package_print_nothing() -> None:
     assert not broken, f"the log is for telling: {broken}"
 
 
+def test_is_no_log_record_given_an_error() -> None:
+    """Its text only: a handler may keep the record, it the error, its frames, and they the pool."""
+    given = []
+    for path in sorted(PACKAGE.glob("*.py")):
+        for handler in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(handler, ast.ExceptHandler):
+                continue
+            for call in ast.walk(handler):
+                if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("_log."):
+                    names = [a.id for a in call.args if isinstance(a, ast.Name)]
+                    given += [f"{path.name}:{call.lineno}"] * (handler.name in names)
+    assert given == []
+
+
 def test_does_the_readme_name_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text
