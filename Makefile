@@ -34,30 +34,45 @@ demo: $(VENV)/.demo
 
 # Another user's suite takes nearly as long as all the rest, and what needs no other tests to be quiet as
 # long as the debug build's: each beside the other.  The other user runs the core tests on the debug
-# build too; where there is none, that is left to us.  The variable tells the processes of one run
-# from those of another.
+# build too; where there is none, that is left to us.  PYSWAP_TEST_RUN tells the processes of one run
+# from those of another.  What fails beside the others must pass alone.  What is long, since it is left
+# to chance or done thousands of times, is left to make deep.
 DEBUG_TESTS := $(if $(filter 0,$(shell id -u)),failpoint,core or failpoint)
 BESIDE := $(patsubst %,tests/test_%.py,bench continents docs doctor hit_rates run scale stateful stress \
           tidy user_types what_if working_set)
+SUITE_DEBUG = PYSWAP_ENGINE=debug $(PY) $(PYTEST) -o cache_dir=$(VENV)/debug -m "($(DEBUG_TESTS)) and not long"
+SUITE_BESIDE = PYSWAP_TEST_RUN=beside $(PY) $(PYTEST) -o cache_dir=$(VENV)/beside -m "not extras and not long" $(BESIDE)
+SUITE_RELEASE = $(PY) $(PYTEST) -o cache_dir=$(VENV)/release -m "not extras and not long" --ignore=tests/test_user.py \
+                $(BESIDE:%=--ignore=%)
+SUITE_USER = $(PY) $(PYTEST) -o cache_dir=$(VENV)/user tests/test_user.py
+AGAIN := --last-failed --last-failed-no-failures=none
+# 5: there was no test, since this user is no root.
 test: $(VENV)/.test
-	$(PY) $(PYTEST) tests/test_user.py $(TEST_ARGS) >$(VENV)/user.log 2>&1 & user=$$!; \
-	PYSWAP_TEST_RUN=beside $(PY) $(PYTEST) -m "not extras" $(BESIDE) $(TEST_ARGS) >$(VENV)/beside.log 2>&1 & beside=$$!; \
-	PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "$(DEBUG_TESTS)" $(TEST_ARGS); debug=$$?; \
+	$(SUITE_USER) $(TEST_ARGS) >$(VENV)/user.log 2>&1 & user=$$!; \
+	$(SUITE_BESIDE) $(TEST_ARGS) >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(SUITE_DEBUG) $(TEST_ARGS); debug=$$?; \
 	wait $$beside; beside=$$?; cat $(VENV)/beside.log; \
-	$(PY) $(PYTEST) -m "not extras" --ignore=tests/test_user.py $(BESIDE:%=--ignore=%) $(TEST_ARGS); release=$$?; \
+	$(SUITE_RELEASE) $(TEST_ARGS); release=$$?; \
 	wait $$user; user=$$?; cat $(VENV)/user.log; \
-	echo "== debug build: $$debug, release build: $$beside and $$release, another user: $$user (5: no test)"; \
-	[ $$debug = 0 ] && [ $$beside = 0 ] && [ $$release = 0 ] && { [ $$user = 0 ] || [ $$user = 5 ]; }
+	echo "== debug build: $$debug, release build: $$beside and $$release, another user: $$user"; \
+	[ $$debug = 0 ] || $(SUITE_DEBUG) $(AGAIN) || exit 1; \
+	[ $$beside = 0 ] || $(SUITE_BESIDE) $(AGAIN) || exit 1; \
+	[ $$release = 0 ] || $(SUITE_RELEASE) $(AGAIN) || exit 1; \
+	[ $$user = 0 ] || [ $$user = 5 ] || $(SUITE_USER) $(AGAIN)
 
 test-extras: $(VENV)/.extras
 	$(PY) $(PYTEST) -m extras tests/test_neighbours.py tests/test_docs.py $(TEST_ARGS)
 
-# What takes long: sanitizers, mutants, a soak; and beside them the search of the protocol's model.
+# What takes long: sanitizers, mutants, tests that do a thing thousands of times, a soak; and beside them
+# the search of the protocol's model.
 deep: $(VENV)/.test
 	( $(MAKE) --no-print-directory model >$(VENV)/model.log 2>&1; model=$$?; cat $(VENV)/model.log; exit $$model ) & model=$$!; \
-	{ $(PY) tests/sanitized.py && $(PY) tests/mutants.py && $(PY) tests/soak.py --minutes $(SOAK_MINUTES); } >$(VENV)/deep.log 2>&1; tests=$$?; \
+	{ $(PY) tests/sanitized.py && $(PY) tests/mutants.py && \
+	  PYSWAP_ENGINE=debug $(PY) $(PYTEST) -m "long and failpoint" $(TEST_ARGS) && \
+	  $(PY) $(PYTEST) -m "long and not failpoint" $(TEST_ARGS) && \
+	  $(PY) tests/soak.py --minutes $(SOAK_MINUTES); } >$(VENV)/deep.log 2>&1; tests=$$?; \
 	wait $$model; model=$$?; cat $(VENV)/deep.log; \
-	echo "== sanitizers, mutants, soak: $$tests, model: $$model"; [ $$tests = 0 ] && [ $$model = 0 ]
+	echo "== sanitizers, mutants, long tests, soak: $$tests, model: $$model"; [ $$tests = 0 ] && [ $$model = 0 ]
 
 # The protocol in Promela: its states, and each mutant found out (tests/model/).
 model:
@@ -138,16 +153,16 @@ test-pythons:
 	done; \
 	for version in $$failed; do \
 	  echo "== Python $$version: what failed beside the others, once more and alone"; \
-	  $(MAKE) --no-print-directory test-python VENV=.venv-$$version CHANCE="--last-failed --last-failed-no-failures=none" || exit 1; \
+	  $(MAKE) --no-print-directory test-python VENV=.venv-$$version CHANCE="$(AGAIN)" || exit 1; \
 	done; \
 	echo "== the core tests ran on$$found, beside $$tested"; [ -n "$$found" ]
 
-# One Python is enough for what is long because it is left to chance.
+# One Python is enough for what is left to chance.
 CHANCE := --ignore=tests/test_stateful.py --ignore=tests/test_stress.py --ignore=tests/test_working_set.py
 
 .PHONY: test-python
 test-python: $(VENV)/.core
-	PYSWAP_TEST_RUN=$(VENV) $(PY) $(PYTEST) -o cache_dir=$(VENV)/tested -m core $(CORE_ONLY) $(CHANCE) $(TEST_ARGS)
+	PYSWAP_TEST_RUN=$(VENV) $(PY) $(PYTEST) -o cache_dir=$(VENV)/tested -m "core and not long" $(CORE_ONLY) $(CHANCE) $(TEST_ARGS)
 
 $(VENV)/.core: $(VENV)/.ready $(SOURCES)
 	PYSWAP_WERROR=1 $(PIP) install --no-build-isolation --editable ".[test-core]"

@@ -59,6 +59,7 @@ def plan_of(workload: str) -> Plan:
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_does_the_quick_bench_check_every_workload(tmp_path: Path) -> None:
     told = subprocess.run(

@@ -35,7 +35,7 @@ from failpoints import WAIT_S, until, where_threads_are
 import pyswap
 from pyswap._native import native
 
-pytestmark = pytest.mark.failpoint
+pytestmark = [pytest.mark.failpoint, pytest.mark.long]
 
 WORDS = 512
 FRAMES = 128

@@ -394,6 +394,7 @@ def test_is_an_array_of_a_stopped_child_no_burden(tight: pyswap.Pool) -> None:
     assert os.getpid() != child.pid
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_is_no_byte_torn_or_lost_in_a_hundred_thousand_remaps(seed: int) -> None:
     pages, remaps = 4096, 100_000

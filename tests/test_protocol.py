@@ -622,6 +622,7 @@ def window_of(rng: random.Random, addresses: list[int]) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.long
 def test_is_each_of_ninety_thousand_random_requests_answered(served: Any, seed: int) -> None:
     rng = random.Random(seed)
     # The debug build runs this too, more than once; the volume is for the release.

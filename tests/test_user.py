@@ -143,13 +143,11 @@ def test_do_the_core_tests_hold_for_an_ordinary_user(
         "PYSWAP_SEED": os.environ.get("PYSWAP_SEED", ""),
     }
     options = ["--timeout=300", "--timeout-method=thread", "-p", "no:cacheprovider"]
-    options += ["-m", "core or failpoint or user", "--ignore=tests/test_user.py"]
+    options += ["-m", "(core or failpoint or user) and not long", "--ignore=tests/test_user.py"]
     options += ["--durations=10", "--durations-min=1"]
     # The demo and the bench are not installed there, and need packages of their own.
     options += ["--ignore=tests/test_continents.py", "--ignore=tests/test_bench.py"]
     options += ["--ignore=tests/test_hit_rates.py"]
-    # Failing calls fail alike for everybody, and each of a thousand is a run of its own.
-    options += ["--ignore=tests/test_nth_call.py"]
     try:
         told = subprocess.run(
             [str(python), "-m", "pytest", *options, "tests"],
