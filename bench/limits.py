@@ -38,7 +38,7 @@ def device_rate(plan: Plan, *, writing: bool, piece_bytes: int, threads: int) ->
     ----------
     plan : Plan
         Its array's size is what is transferred in order, in pieces over 4 KiB; smaller ones are
-        as many as its operations, at random.
+        an eighth of its operations, at random.
     writing : bool
         Whether the area is written or read.
     piece_bytes : int
@@ -56,7 +56,7 @@ def device_rate(plan: Plan, *, writing: bool, piece_bytes: int, threads: int) ->
     if piece_bytes > ROW_BYTES:
         numbers = np.arange(pieces)
     else:
-        numbers = np.random.default_rng(plan.seed).integers(0, pieces, plan.operations)
+        numbers = np.random.default_rng(plan.seed).integers(0, pieces, plan.operations // 8)
     offsets = numbers.astype(np.int64) * piece_bytes
     fd = os.open(plan.area, (os.O_RDWR if writing else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC)
     try:
