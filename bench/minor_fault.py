@@ -47,7 +47,8 @@ def measure(peer: Peer, plan: Plan) -> float:
     Returns
     -------
     float
-        Nanoseconds per touch, each of which was a fault that no other touch spared.
+        Nanoseconds per fault. Now and then three touches in a row are equally far from each other,
+        and spare the next one its fault.
     """
     assert isinstance(peer, Paged)
     native = load(plan.native)
@@ -64,6 +65,7 @@ def measure(peer: Peer, plan: Plan) -> float:
             addresses = np.uint64(start) + order * np.uint64(SPOT_BYTES)
             taken.append(_in_child(functools.partial(native.touch_all, addresses)))
         grown = peer.counters()["minor_faults"] - before["minor_faults"]
-        check(grown >= spots * plan.repeats, f"{grown} minor faults for {spots} x {plan.repeats}")
+        touches = spots * plan.repeats
+        check(grown >= 0.98 * touches, f"{grown} minor faults for {touches} touches")
         del a
-    return sum(taken) / (spots * plan.repeats)
+    return sum(taken) / min(grown, touches)
