@@ -419,21 +419,22 @@ class Server:
 
     def _do_inherit(self, worker: _Worker, message: Message) -> Message:
         """Note a child's regions, a message full at a time; what was promised beyond is dropped."""
+        inherited = _inherited(message)
         lost = [
             address
-            for address, number, generation in _inherited(message)
+            for address, number, generation in inherited
             if not self._inherit(worker, address, number, generation)
         ]
         if message.get("last"):
             for region in worker.promised.values():
                 self.objects.drop(region)
             worker.promised.clear()
-        return {"lost": lost, "whole": self._whole(worker, message)}
+        return {"lost": lost, "whole": self._whole(worker, [each[0] for each in inherited])}
 
-    def _whole(self, worker: _Worker, message: Message) -> list[tuple[int, int]]:
+    def _whole(self, worker: _Worker, addresses: list[int]) -> list[tuple[int, int]]:
         """Where private regions are that lie in one piece: a child need not ask for each."""
         whole = []
-        for address, _, _ in _inherited(message):
+        for address in addresses:
             region = worker.regions.get(address)
             if region is not None and region.object.private:
                 pages = region.object.pages
