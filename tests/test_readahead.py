@@ -208,6 +208,28 @@ def test_is_a_scan_of_what_another_has_in_memory_one_of_neighbours(
     assert ahead == 0
 
 
+def test_are_few_neighbours_mapped_until_faults_are_dense(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    """Here and there a fault maps 32 more; where they might have been an eighth of all, as many as it may."""
+    pages = FRAMES // 2
+    few, many = 32, config.bounds(FRAMES, 4096).around_pages
+    assert many > few
+    pool, a = swapped_out(pages)
+    scan(pool, a, range(pages))
+    order = [100, 500, 300, 700]
+    sparse = pages // 8 // few - 1
+    assert sparse == len(order) - 1
+    with actors(1, lambda page: scan(pool, a, [page])) as (actor,):
+        for page in order[:sparse]:
+            assert actor.ask(page)[:2] == (0, 1)
+        mapped = [i for i in range(pages) if mappers_of(pool, a[i]) == 2]
+        assert mapped == [i for page in sorted(order[:sparse]) for i in range(page, page + few + 1)]
+        assert actor.ask(order[-1])[:2] == (0, 1)
+        mapped = [i for i in range(600, pages) if mappers_of(pool, a[i]) == 2]
+        assert mapped == list(range(order[-1], order[-1] + many + 1))
+
+
 def test_are_many_streams_followed_at_once(
     swapped_out: Callable[[int], tuple[Any, Any]],
 ) -> None:

@@ -39,6 +39,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport and64, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
+from pyswap.core.readahead cimport around_limit
 from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
@@ -240,7 +241,7 @@ cdef inline void map_around(
     """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches."""
     cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id zeroed[256]
-    cdef uint32_t limit = pool.header.around_pages, n, i
+    cdef uint32_t limit = around_limit(pool, r, stride), n, i
     cdef int64_t first = index + 1
     cdef wanted_t near = want[0]
     if stride < 0:

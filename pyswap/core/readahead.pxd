@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport FAR, NOBODY, REQUESTS, STREAMS, detector_t, pool_t, request_t, stream_t
 from pyswap.core.layout cimport ADVICE_RANDOM, ADVICE_SEQUENTIAL, region_id, region_t
-from pyswap.core.lock cimport add32, futex_wake, load32, mutex_lock, mutex_trylock, mutex_unlock
+from pyswap.core.lock cimport add32, futex_wake, load32, load64, mutex_lock, mutex_trylock, mutex_unlock
 from pyswap.core.pagetable cimport pte_is_frame, pte_read
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, region_page
 
@@ -27,6 +27,8 @@ cdef enum:
     LATELY = 1024               # faults in a region: a stream that had none of them is over
     AHEAD_SHARE = 8             # of the frames: what may be read ahead of all streams of a region
     LOOKED_AT = 8               # of the pages that a stream seems to have come by
+    SPARSE_AROUND = 32          # pages mapped around a fault that belongs to no stream, to begin with
+    SPARSE_SHARE = 8            # of a region: when so much of it may have been mapped so, its faults are dense
 
 
 cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
@@ -88,10 +90,28 @@ cdef inline bint came_by(pool_t *pool, region_id r, stream_t *s, int64_t positio
     return True
 
 
+cdef inline uint32_t sparse_around(pool_t *pool) noexcept nogil:
+    return min(pool.header.around_pages, <uint32_t>SPARSE_AROUND)
+
+
+cdef inline uint32_t around_limit(pool_t *pool, region_id r, int64_t stride) noexcept nogil:
+    """How many resident neighbours are mapped with a page.
+
+    Mapping as many as one call may takes longer than the fault itself.  A stream wants them; of faults here and there
+    few do, until there were so many that they have cost half of what mapping the whole region does.
+    """
+    cdef uint64_t mapped = load64(&pool.detectors[r].time) * SPARSE_AROUND
+    if stride != 0 or mapped >= pool.regions[r].pages // SPARSE_SHARE:
+        return pool.header.around_pages
+    return sparse_around(pool)
+
+
 cdef inline bint is_behind_resident(pool_t *pool, region_id r, int64_t position, int64_t delta) noexcept nogil:
     """Whether a fault is at the first page that was not mapped around another: a scan came by what is in memory."""
-    cdef int64_t around = pool.header.around_pages
-    return delta == (around + 1) << pool.page_shift and in_memory(pool, r, (position >> pool.page_shift) - 1)
+    cdef int64_t steps = delta >> pool.page_shift
+    if steps != <int64_t>pool.header.around_pages + 1 and steps != <int64_t>sparse_around(pool) + 1:
+        return False
+    return in_memory(pool, r, (position >> pool.page_shift) - 1)
 
 
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
