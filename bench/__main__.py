@@ -130,14 +130,16 @@ def main(
     with ExitStack() as stack:
         subjects = subjects or tuple(SUBJECTS)
         runner.plan = _prepared(stack, plan, subjects)
-        for name in subjects:
-            chosen = peers or (_QUICK_PEERS if quick else ())
-            runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
-            # After each, so that an interrupt loses nothing that was measured.
+        try:
+            for name in subjects:
+                chosen = peers or (_QUICK_PEERS if quick else ())
+                runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
+        finally:
+            # After an interrupt, too: all rows take hours.
             counted, shown = rows(runner.results, runner.failures, runner.plan)
             write_json(report, runner.plan, machine, runner, [*counted, *shown])
+            print_rows(console, counted, shown, runner)
     made = draw(report.parent, report.stem, runner.results, counted)
-    print_rows(console, counted, shown, runner)
     minutes = (time.monotonic() - begin) / 60
     told = f"in {results}: {report.name} and {len(made)} plots, after {minutes:.1f} minutes"
     console.print(told, highlight=False)

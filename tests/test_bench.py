@@ -272,6 +272,7 @@ def test_is_swap_off_again_after_an_interrupt(
         bench.send_signal(number)
         told = bench.communicate(timeout=WAIT_S)[0]
         assert bench.returncode not in (0, None), told
+        assert "rows met / rows printed" in told
     finally:
         if bench.poll() is None:
             bench.kill()

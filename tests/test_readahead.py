@@ -211,7 +211,7 @@ def test_is_a_scan_of_what_another_has_in_memory_one_of_neighbours(
 def test_are_few_neighbours_mapped_until_faults_are_dense(
     swapped_out: Callable[[int], tuple[Any, Any]],
 ) -> None:
-    """Here and there a fault maps 32 more; where they might have been an eighth of all, as many as it may."""
+    """32 at a fault here and there; as many as it may where that could be an eighth of all."""
     pages = FRAMES // 2
     few, many = 32, config.bounds(FRAMES, 4096).around_pages
     assert many > few
