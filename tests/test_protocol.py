@@ -177,7 +177,7 @@ def served(pool: Any) -> Iterator[Any]:
     swapper = pool.swapper_pid
     kept = pool.zeros(50_000, np.int64)
     kept[:] = np.arange(kept.size)
-    before = (descriptors_of(swapper), pool.stats().committed_bytes)
+    descriptors, committed = descriptors_of(swapper), pool.stats().committed_bytes
     yield pool
     os.kill(swapper, 0)
     pool.advise(kept, "pageout")
@@ -185,8 +185,9 @@ def served(pool: Any) -> Iterator[Any]:
     assert np.array_equal(kept, np.arange(kept.size))
     until(lambda: pool.stats().workers == 1, "only the creator is attached")
     assert pool.stats().pinned_pages == 0
-    after = (descriptors_of(swapper), pool.stats().committed_bytes)
-    assert after == before, "(descriptors, committed bytes) of the swapper"
+    # It may have had one more at first: it opens files in passing.
+    until(lambda: descriptors_of(swapper) <= descriptors, "the swapper keeps no descriptor")
+    assert pool.stats().committed_bytes == committed
     _everything_can_be_pinned_again(pool)
 
 
