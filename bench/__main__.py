@@ -133,11 +133,14 @@ def main(
         try:
             for name in subjects:
                 chosen = peers or (_QUICK_PEERS if quick else ())
-                runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
+                try:
+                    runner.measure(name, peers_of(name, chosen), 1 if quick else runs)
+                finally:
+                    # After each, so that whatever ends it loses nothing that was measured.
+                    counted, shown = rows(runner.results, runner.failures, runner.plan)
+                    write_json(report, runner.plan, machine, runner, [*counted, *shown])
         finally:
             # After an interrupt, too: all rows take hours.
-            counted, shown = rows(runner.results, runner.failures, runner.plan)
-            write_json(report, runner.plan, machine, runner, [*counted, *shown])
             print_rows(console, counted, shown, runner)
     made = draw(report.parent, report.stem, runner.results, counted)
     minutes = (time.monotonic() - begin) / 60
