@@ -78,6 +78,36 @@ def test_are_pages_exchanged_when_all_that_is_not_hot_is_pinned() -> None:
         assert (b == 1).all()
 
 
+@pytest.mark.core
+def test_is_a_page_worth_keeping_that_is_written_after_it_was_written_out() -> None:
+    """It was protected for that: that it is in use is seen before it has left."""
+    frames, mine, rounds = 1024, 64, 16
+    with pyswap.Pool(frames * PAGE_BYTES, "64 MiB", page_size=PAGE_BYTES) as pool:
+        # What else there is in memory is hot, so that the hand comes round often.
+        hot = all_hot(pool, frames)
+        others = filled(pool, 4 * frames)
+        scanned = seen = kept = 0
+        for _ in range(64):
+            a = pool.zeros((mine, WORDS), np.int64)
+            for step in range(1, rounds + 1):
+                some = np.arange(scanned, scanned + 64) % len(others)
+                assert (others[some, 0] == some + 1).all()
+                scanned += 64
+                before = pool.stats()
+                a[:, 0] = step
+                after = pool.stats()
+                if after.refaults == before.refaults:
+                    seen += after.write_faults - before.write_faults
+                    kept += after.activations - before.activations
+            assert (a[:, 0] == rounds).all()
+            if seen >= mine:
+                break
+        print(f"{seen} pages written again, {kept} of them kept for it")
+        assert seen >= mine
+        assert kept >= 0.9 * seen
+        assert (hot[:, 0] == np.arange(1, len(hot) + 1)).all()
+
+
 def pages_a_second(a: Any, source: Any, order: Any, most: float) -> float:
     """Dirty pages in order, at most so many a second; returns how many it were."""
     step = len(source)

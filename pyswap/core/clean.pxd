@@ -15,10 +15,12 @@ from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.frame cimport (
+    CLEANED,
     DIRTY,
     REDIRTIED,
     REFERENCED,
     frame_has,
+    frame_mark,
     frame_set_clean,
     frame_set_dirty,
     frame_set_present,
@@ -321,6 +323,7 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
                 drop[k] = victims[i]
                 k += 1
                 continue
+            frame_mark(frame, CLEANED)
         page_unlock(pool, frame)
     victims_drop(pool, drop, k)
     # Somebody held these at the time; nothing is held here now, so they may be waited for.
@@ -334,6 +337,7 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
             if not victim_keep(pool, &victims[i], evict):
                 victims_drop(pool, &victims[i], 1)
                 continue
+            frame_mark(frame, CLEANED)
         page_unlock(pool, frame)
     return cleaned
 

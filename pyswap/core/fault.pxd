@@ -46,6 +46,7 @@ from pyswap.core.mapping cimport frame_used, map_around, map_run, map_strided, u
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
+from pyswap.core.policy cimport rewrite_note
 from pyswap.core.readahead cimport detector_feed
 from pyswap.core.region cimport (
     COPYING,
@@ -133,6 +134,7 @@ cdef inline void fault_map(
     if mapped:
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
+        rewrite_note(pool, f)
         unprotect_around(pool, r, region, index, fault.stride)
         rc = engine_unprotect(pool, r, generation, index, 1)
     else:

@@ -13,6 +13,7 @@ A frame's word, changed only by compare-and-swap of the whole:
     bit  10    COLD        to be evicted first
     bit  11    PASSED      the second hand has met it AHEAD, and left it one more turn to be asked for
     bit  12    HOT         its page came back soon after an eviction: the hand passes it by, see policy.pxd
+    bit  14    CLEANED     written out as if it would leave, and still here
     bits 32-63 generation, one more at every claim
 
 To use: frame_claim() or frame_trylock(), then the setters, then frame_unlock() or frame_set_free().
@@ -84,6 +85,7 @@ cdef enum:
     PASSED = 1 << 11
     HOT = 1 << 12
     WRITABLE = 1 << 13          # a private page may be mapped writable: not protected since it was last made DIRTY
+    CLEANED = 1 << 14
 
 cdef struct waiters_t:          # whom to wake once a lock has ended
     uint64_t bits[4]

@@ -4,7 +4,8 @@ What a process does with a page that it has mapped is unseen: there is neither a
 take away that would not take the page along.  What is seen is that a page comes back.  Its page table entry
 remembers the time of its eviction, in evictions; the refault's distance, the evictions since, is how many frames
 more would have kept it.  Less than there are frames: it is HOT, and the hand passes it by.  A scan comes back
-after more, or never, and so cannot drive out what is in use.
+after more, or never, and so cannot drive out what is in use.  And one that is written again after it was written out,
+which is seen, as it was protected for that, would have come back if it had left: it is HOT, too.
 
 HOT frames stand in a queue, in about the order in which they became so, and are at most three quarters of all: beyond
 that one of the elder half is ordinary again, with one more turn of the hand to prove itself.  Which one is left to
@@ -13,8 +14,17 @@ chance, since in a loop over a little more than fits the eldest is the one that 
 from libc.stdint cimport uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t
-from pyswap.core.frame cimport HOT, REFERENCED, frame_flags, frame_mark, word_generation
-from pyswap.core.layout cimport C_ACTIVATIONS, C_EVICTIONS, C_REFAULTS, frame_id
+from pyswap.core.frame cimport (
+    CLEANED,
+    HOT,
+    REFERENCED,
+    frame_flags,
+    frame_mark,
+    frame_state,
+    frame_unmark,
+    word_generation,
+)
+from pyswap.core.layout cimport C_ACTIVATIONS, C_EVICTIONS, C_REFAULTS, WRITEBACK, frame_id
 from pyswap.core.lock cimport load64, mutex_lock, mutex_unlock
 from pyswap.core.pagetable cimport PTE_TIMES, pte_time
 
@@ -57,6 +67,12 @@ cdef inline void hot_put(pool_t *pool, frame_id f) noexcept nogil:
     mutex_unlock(&pool.hot_lock)
 
 
+cdef inline void hot_make(pool_t *pool, frame_id f) noexcept nogil:
+    if frame_mark(&pool.frames[f], HOT):
+        count(pool, C_ACTIVATIONS, 1)
+        hot_put(pool, f)
+
+
 cdef inline void refault_note(pool_t *pool, frame_id f, uint64_t pte) noexcept nogil:
     """A frame was claimed for a page whose entry was `pte`: is the page worth keeping?  Under its lock."""
     cdef uint64_t then = pte_time(pte), distance
@@ -65,6 +81,10 @@ cdef inline void refault_note(pool_t *pool, frame_id f, uint64_t pte) noexcept n
     distance = (eviction_time(pool) + (PTE_TIMES - 1) - then) % (PTE_TIMES - 1)
     count(pool, C_REFAULTS, 1)
     if distance < load64(&pool.header.memory_pages):
-        count(pool, C_ACTIVATIONS, 1)
-        frame_mark(&pool.frames[f], HOT)
-        hot_put(pool, f)
+        hot_make(pool, f)
+
+
+cdef inline void rewrite_note(pool_t *pool, frame_id f) noexcept nogil:
+    """A mapped page is written: one that was written out, as if it would leave, is in use.  Under its lock."""
+    if frame_unmark(&pool.frames[f], CLEANED) or frame_state(&pool.frames[f]) == WRITEBACK:
+        hot_make(pool, f)
