@@ -1036,6 +1036,8 @@ cdef class Swapper:
         request.object = pool.regions[r].object
         request.generation = pool.regions[r].object_generation
         request.stride = <int64_t>pool.page_bytes
+        request.width = 0
+        request.zeros = False
         request.region = r
         request.region_generation = generation
         request.stream = NOBODY

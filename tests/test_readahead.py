@@ -135,6 +135,38 @@ def test_is_a_column_read_ahead_whose_rows_are_no_whole_pages(
     assert 1 - most <= ahead <= 1.3
 
 
+@pytest.mark.parametrize(("side_by_side", "sign"), [(1, 1), (1, -1), (2, 1), (8, 1)])
+@pytest.mark.parametrize("words", [591, 1500])
+def test_is_a_block_of_a_matrix_read_ahead(
+    swapped_out: Callable[[int], tuple[Any, Any]], words: int, side_by_side: int, sign: int
+) -> None:
+    """Its rows lie on two or three pages each, and a product's inner loops go along several."""
+    pool, a = swapped_out(8 * FRAMES)
+    row_words, rows = 4729, 800
+    block = a.reshape(-1)[: rows * row_words].reshape(rows, row_words)[:, 1000 : 1000 + words]
+    places = np.arange(rows)[:, None] * row_words + np.arange(1000, 1000 + words)
+    expected = places // 512 + 1
+    pages = len(np.unique(expected))
+
+    def pass_over() -> tuple[float, float]:
+        pool.advise(a, "pageout")
+        before = pool.stats()
+        for first in range(0, rows, side_by_side)[::sign]:
+            some = slice(first, first + side_by_side)
+            for column in range(0, words, 32):
+                found = block[some, column : column + 32]
+                assert (found == expected[some, column : column + 32]).all()
+        after = pool.stats()
+        major = after.major_faults - before.major_faults
+        ahead = after.readahead_pages - before.readahead_pages
+        print(f"{major} major faults for {pages} pages, {ahead} read ahead")
+        return major / pages, ahead / pages
+
+    # A busy machine may keep the readahead threads from the processor for a while.
+    passes = [pass_over() for _ in range(5)]
+    assert any(major <= 0.1 and ahead <= 1.3 for major, ahead in passes)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     ("stride", "steps", "most"), [(1, 60, 120), (2, 60, 120), (3, 30, 60), (2, 300, 128)]
@@ -381,3 +413,23 @@ def test_are_first_touches_of_a_stream_served_by_the_dozen(pool: Any, step: int)
     assert (a[:, 5] == np.arange(1, 1025)).all()
     assert not a[:, :5].any()
     assert not a[:, 6:].any()
+
+
+def test_are_pages_zeroed_before_a_stream_of_first_touches_comes_to_them() -> None:
+    """Giving them memory takes as long as writing them; a stream that ends leaves zeros."""
+    with pyswap.Pool("16 MiB", "16 MiB", page_size=4096) as pool:
+        a = pool.zeros((2048, 512), np.int64)
+        for i in range(3):
+            a[i, 7] = i + 1
+        until(lambda: bool(pool.residency(a)[:516].all()), "the stream's next pages have memory")
+        assert pool.residency(a).sum() == 516
+        before = pool.stats()
+        a[3:500, 7] = np.arange(4, 501)
+        after = pool.stats()
+        assert after.zero_fills == before.zero_fills
+        assert after.minor_faults - before.minor_faults <= 2
+        assert (a[:500, 7] == np.arange(1, 501)).all()
+        assert not a[:, 8:].any()
+        assert not a[500:].any()
+        pool.advise(a, "pageout")
+        assert pool.stats().slot_writes - before.slot_writes <= 500

@@ -20,14 +20,21 @@ from pyswap.core.layout cimport (
     slot_id,
 )
 from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
-from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read
+from pyswap.core.mapping cimport gather_zero
+from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_slot, pte_read, pte_slot
 from pyswap.core.readahead cimport absolute, stream_fell_short
-from pyswap.core.region cimport PAGE_MASK, life_is, region_lookup
+from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, life_is, region_lookup, region_page
 from pyswap.core.store cimport store_punch, store_write
 
 cdef enum:
     READ_OVER_BYTES = 1 << 15   # between pages of one read: a read of its own costs as much as some more
+
+cdef struct rest_t:             # what is left of a request
+    int64_t position            # where its next row begins, in bytes
+    int64_t taken               # pages of that row that it has come by
+    int64_t steps               # rows, that one among them
+    int64_t pages               # of the object
 
 
 cdef inline page_id request_page(pool_t *pool, request_t *request, int64_t index) noexcept nogil:
@@ -57,10 +64,28 @@ cdef inline bint is_next(uint64_t pte, slot_id first, int64_t step) noexcept nog
     return pte_is_slot(pte) and <int64_t>pte_slot(pte) == <int64_t>first + step
 
 
+cdef inline int64_t next_page(pool_t *pool, request_t *request, rest_t *rest) noexcept nogil:
+    """The index of the page that a request is at: a row's pages come in the direction that its rows do."""
+    cdef int64_t first = rest.position >> pool.page_shift
+    if request.stride > 0:
+        return first + rest.taken
+    return min((rest.position + request.width) >> pool.page_shift, rest.pages - 1) - rest.taken
+
+
+cdef inline void page_taken(pool_t *pool, request_t *request, rest_t *rest) noexcept nogil:
+    cdef int64_t first = rest.position >> pool.page_shift
+    cdef int64_t last = min((rest.position + request.width) >> pool.page_shift, rest.pages - 1)
+    rest.taken += 1
+    if rest.taken > last - first:
+        rest.taken = 0
+        rest.position += request.stride
+        rest.steps -= 1
+
+
 cdef inline uint32_t ahead_claim(
-    pool_t *pool, request_t *request, int64_t *position, uint32_t *left, frame_id *frames, bint *short_of
+    pool_t *pool, request_t *request, rest_t *rest, frame_id *frames, bint *short_of
 ) noexcept nogil:
-    """Claim and install frames for pages that one read brings; moves *position and *left past them.
+    """Claim and install frames for pages that one read brings; moves *rest past them.
 
     Their slots are as far from each other as they are.  Some bytes between them are read over: a read of its own for
     what comes after takes longer.
@@ -72,8 +97,8 @@ cdef inline uint32_t ahead_claim(
     cdef slot_id first_slot = SLOT_NONE
     cdef int64_t index, first = 0, last = 0, way
     short_of[0] = False
-    while left[0]:
-        index = position[0] >> pool.page_shift
+    while rest.steps:
+        index = next_page(pool, request, rest)
         page = request_page(pool, request, index)
         pte = pte_read(pool, page)
         if is_out(pool, request.object, pte):
@@ -94,8 +119,7 @@ cdef inline uint32_t ahead_claim(
                 last = index
                 frames[n] = f
                 n += 1
-        position[0] += request.stride
-        left[0] -= 1
+        page_taken(pool, request, rest)
     return n
 
 
@@ -158,24 +182,49 @@ cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, uint8_t 
         page_unlock(pool, frame)
 
 
+cdef inline void ahead_zero(pool_t *pool, request_t *request) noexcept nogil:
+    """Give memory to pages that nobody has touched, as a fault would."""
+    cdef frame_id frames[257]
+    cdef uint32_t n, i
+    cdef wanted_t want
+    if not life_hold(&pool.regions[request.region].word, request.region_generation):
+        return
+    want.object = request.object
+    want.object_generation = request.generation
+    want.index = <uint64_t>(request.first >> pool.page_shift)
+    want.page = region_page(pool, request.region, <int64_t>want.index) & PAGE_MASK
+    n = gather_zero(pool, &want, request.region, request.count, True, frames)
+    for i in range(n):
+        frame_mark(&pool.frames[frames[i]], REFERENCED)
+        page_unlock(pool, &pool.frames[frames[i]])
+    life_drop(&pool.regions[request.region].word)
+
+
 cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) noexcept nogil:
     """Carry out one readahead request, as far as frames are free (R4)."""
     cdef frame_id frames[256]
-    cdef uint32_t n, left = request.count
-    cdef int64_t position = request.first, end, room
+    cdef uint32_t n
+    cdef int64_t end, room
+    cdef rest_t rest
     cdef bint short_of = False
     if not life_is(&pool.objects[request.object].word, request.generation):
         return
-    end = <int64_t>(pool.objects[request.object].pages << pool.page_shift)
-    if position < 0 or position >= end:
+    if request.zeros:
+        if load32(&pool.epochs[request.object]) == request.epoch:
+            ahead_zero(pool, request)
         return
-    room = (end - 1 - position) // request.stride if request.stride > 0 else position // -request.stride
-    if left > room + 1:
-        left = <uint32_t>(room + 1)
-    while left and not short_of and load32(&pool.epochs[request.object]) == request.epoch:
-        n = ahead_claim(pool, request, &position, &left, frames, &short_of)
+    rest.position = request.first
+    rest.taken = 0
+    rest.pages = <int64_t>pool.objects[request.object].pages
+    end = rest.pages << pool.page_shift
+    if rest.position < 0 or rest.position >= end:
+        return
+    room = (end - 1 - rest.position) // request.stride if request.stride > 0 else rest.position // -request.stride
+    rest.steps = min(<int64_t>request.count, room + 1)
+    while rest.steps and not short_of and load32(&pool.epochs[request.object]) == request.epoch:
+        n = ahead_claim(pool, request, &rest, frames, &short_of)
         if n:
             failpoint_visit(pool.header, FP_FILL_LOCKED)
             ahead_fill(pool, frames, n, buffer)
     if short_of:
-        stream_fell_short(pool, request, position)
+        stream_fell_short(pool, request, rest.position)

@@ -36,6 +36,7 @@ cdef struct stream_t:
     int64_t ahead               # up to where (exclusive, in stride's direction) was asked for, in bytes
     uint32_t confirmed          # steps of the stride that it has gone
     uint32_t window             # steps kept ahead
+    int64_t width               # how far behind each step's position its row is touched, too, in bytes
     uint64_t used               # detector time, for replacement
     uint32_t generation         # a request that comes back short names the stream it was for
 
@@ -49,7 +50,9 @@ cdef struct request_t:
     uint32_t generation         # of the object
     int64_t first               # bytes, as in a stream: the pages that these fall on
     int64_t stride
+    int64_t width               # with each of them, those that so many bytes behind it fall on
     uint32_t count
+    bint zeros                  # for pages that nobody has touched
     region_id region            # whose map to follow, and whose stream to tell when frames ran out
     uint32_t region_generation
     uint32_t stream

@@ -42,12 +42,12 @@ from pyswap.core.lock cimport (
     load32,
     now_ns,
 )
-from pyswap.core.mapping cimport frame_used, map_around, map_run, map_strided, unprotect_around
+from pyswap.core.mapping cimport frame_used, map_around, map_rows, map_run, unprotect_around
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.policy cimport rewrite_note
-from pyswap.core.readahead cimport detector_feed
+from pyswap.core.readahead cimport detector_feed, way_t
 from pyswap.core.region cimport (
     COPYING,
     PAGE_MASK,
@@ -85,8 +85,7 @@ cdef struct fault_t:            # a fault, or a pin of one page, on its way
     uint32_t generation
     region_t region             # as it was when the fault was read
     int64_t index
-    int64_t stride              # of the stream of neighbouring pages that it continues, 1 or -1; 0: none
-    int64_t gap                 # of the stream that it continues and that leaves pages out, in bytes; 0: none
+    way_t way                   # of the stream that it continues
     bint fed                    # readahead knows of it
     bint write
     bint protected              # it is mapped, and the write met its protection
@@ -135,14 +134,14 @@ cdef inline void fault_map(
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
         rewrite_note(pool, f)
-        unprotect_around(pool, r, region, index, fault.stride)
+        unprotect_around(pool, r, region, index, fault.way.direction)
         rc = engine_unprotect(pool, r, generation, index, 1)
     else:
         # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
         if region.advice != ADVICE_RANDOM:
-            map_around(pool, &fault.want, r, region, index, fault.stride, fault.write)
-        if fault.gap:
-            map_strided(pool, r, region, <int64_t>(fault.address - region.address), fault.gap, fault.write)
+            map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
+        if fault.way.gap:
+            map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
@@ -173,7 +172,7 @@ cdef inline uint32_t copy_limit(pool_t *pool, fault_t *fault) noexcept nogil:
     cdef uint32_t n = 1, limit = run_limit(pool)
     if mappings_short(pool, fault.worker):
         return limit
-    if fault.stride != 1:
+    if fault.way.direction != 1:
         return 1
     while n < limit and <int64_t>n <= fault.index and not page_is_shared(
         pool, fault.want.object, region_page(pool, fault.r, fault.index - n) & PAGE_MASK
@@ -264,8 +263,8 @@ cdef inline int page_pin(pool_t *pool, fault_t *fault) noexcept nogil:
     fault has the region, index, write and want, which sleeps.  -errno with nothing pinned.
     """
     cdef int rc
-    fault.stride = 0
-    fault.gap = 0
+    fault.way.direction = 0
+    fault.way.gap = 0
     rc = pin_until_done(pool, fault)
     spare_give_back(pool, &fault.want)
     return rc
@@ -333,7 +332,7 @@ cdef inline bint fault_defer(pool_t *pool, fault_t *fault) noexcept nogil:
     # More are not to be had before reclaim has begun.
     if enough > pool.header.low_frames:
         enough = pool.header.low_frames
-    if (fault.stride != 1 and fault.stride != -1) or load32(&pool.free_count) > enough:
+    if fault.way.direction == 0 or load32(&pool.free_count) > enough:
         return False
     if pte_read(pool, fault.want.page) != PTE_EMPTY or has_file(pool, fault.want.object):
         return False
@@ -418,15 +417,15 @@ cdef inline void fault_resolve(
     fault.want.patient = patient
     fault.want.error = 0
     fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
-    fault.stride = 0
-    fault.gap = 0
+    fault.way.direction = 0
+    fault.way.gap = 0
     fault.fed = False
     while result == AGAIN and fault_find(pool, &fault):
         # Readahead first, so that it goes on while this page is read.
         if not fault.fed:
             fault.fed = True
-            fault.stride = detector_feed(
-                pool, fault.r, fault.generation, <int64_t>(fault.address - fault.region.address), &fault.gap
+            detector_feed(
+                pool, fault.r, fault.generation, <int64_t>(fault.address - fault.region.address), &fault.way
             )
         result = fault_try(pool, &fault, &rc)
         if result == AGAIN:

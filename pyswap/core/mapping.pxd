@@ -31,6 +31,7 @@ from pyswap.core.layout cimport (
     PRESENT,
     frame_id,
     frame_t,
+    object_id,
     page_id,
     region_id,
     region_t,
@@ -38,13 +39,13 @@ from pyswap.core.layout cimport (
 )
 from pyswap.core.lock cimport and64, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
-from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
-from pyswap.core.readahead cimport around_limit
+from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
+from pyswap.core.readahead cimport around_limit, way_t, zeros_ask
 from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef enum:
-    STRIDED_PAGES = 64          # mapped ahead of a stream that leaves pages out
+    MAPPED_ROWS = 64            # ahead of a stream that leaves pages out
 
 
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -171,12 +172,12 @@ cdef inline bint is_mapped_there(pool_t *pool, region_id r, page_id page) noexce
     return pte_is_frame(pte) and is_mapper(&pool.frames[pte_frame(pte)], pool.regions[r].worker)
 
 
-cdef inline void map_resident(
+cdef inline int64_t map_resident(
     pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
 ) noexcept nogil:
     """Map resident neighbours from index on, in runs of one protection, until one is not to be had.
 
-    Those between them that are mapped already are passed over.
+    Those between them that are mapped already are passed over.  Returns the index that it came to.
     """
     cdef frame_id run[256]
     cdef uint32_t n, i
@@ -203,7 +204,8 @@ cdef inline void map_resident(
         while index < end and is_mapped_there(pool, r, want.page + (index - first)):
             index += 1
         if index == begin:
-            return
+            break
+    return index
 
 
 cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
@@ -214,25 +216,37 @@ cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, 
     return n
 
 
-cdef inline void map_strided(
-    pool_t *pool, region_id r, region_t *region, int64_t position, int64_t stride, bint write
+cdef inline void map_rows(
+    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, way_t *way, bint write
 ) noexcept nogil:
-    """Map what readahead has brought for a stream that leaves pages out: a call for each, but no fault.
+    """Map what readahead has brought for a stream that leaves pages out: a call for each row, but no fault.
 
-    The fault's position in the region and the stride are in bytes.
+    The first row is the fault's own, from behind its page.
     """
     cdef uint32_t generation = life_generation(&region.word), _
-    cdef int64_t index
-    cdef frame_id f = 0
-    for _ in range(<uint32_t>STRIDED_PAGES):
-        position += stride
-        index = position >> pool.page_shift
+    cdef int64_t row = way.row, end
+    cdef wanted_t near = want[0]
+    index += 1
+    for _ in range(<uint32_t>MAPPED_ROWS):
+        end = min((row + way.width) >> pool.page_shift, <int64_t>region.pages - 1) + 1
+        if index < end:
+            near.page = region_page(pool, r, index) & PAGE_MASK
+            if map_resident(pool, &near, r, generation, index, end, write) != end:
+                return
+        row += way.gap
+        index = row >> pool.page_shift
         if index < 0 or index >= <int64_t>region.pages:
             return
-        if not neighbour_lock(pool, r, index, region_page(pool, r, index) & PAGE_MASK, False, write, &f):
-            return
-        map_run(pool, r, generation, index, &f, 1, write)
-        page_unlock(pool, &pool.frames[f])
+
+
+cdef inline void zeros_ahead(
+    pool_t *pool, region_id r, region_t *region, uint32_t generation, object_id o, int64_t index, uint32_t limit
+) noexcept nogil:
+    """Ask for zeroed pages behind those that a stream gets now: their memory takes as long as writing them does."""
+    if index >= <int64_t>region.pages or has_file(pool, o):
+        return
+    if pte_read(pool, region_page(pool, r, index) & PAGE_MASK) == PTE_EMPTY:
+        zeros_ask(pool, r, generation, index, <uint32_t>min(<int64_t>limit + 1, <int64_t>region.pages - index))
 
 
 cdef inline void map_around(
@@ -260,6 +274,8 @@ cdef inline void map_around(
         limit = n
     near.page = region_page(pool, r, first) & PAGE_MASK
     near.index = <uint64_t>first
+    if stride == 1:
+        zeros_ahead(pool, r, region, generation, near.object, first + limit, limit)
     # Only a stream that writes is taken to write its neighbours too.
     write = write and (stride == 1 or n != 0)
     if (stride == 1 or n) and pte_read(pool, near.page) == 0 and not has_file(pool, near.object):

@@ -29,6 +29,17 @@ cdef enum:
     LOOKED_AT = 8               # of the pages that a stream seems to have come by
     SPARSE_AROUND = 32          # pages mapped around a fault that belongs to no stream, to begin with
     SPARSE_SHARE = 8            # of a region: when so much of it may have been mapped so, its faults are dense
+    ROW_FAULTS = 32             # in a region, from a step of a stream to the next pages of its row, and of some before
+    ROWS_BACK = 16              # so many rows are touched side by side
+    ROW_PAGES = LONG_STREAM     # of a row that is longer the rest is a stream of its own
+    LINE_BYTES = 64             # who goes along a row meets a page at its beginning
+
+
+cdef struct way_t:              # where a fault belongs: the stream that it continues
+    int64_t direction           # 1 or -1 where that goes from page to page; else 0
+    int64_t gap                 # its stride, in bytes, where it leaves pages out; else 0
+    int64_t row                 # then, where the fault's row begins, in bytes,
+    int64_t width               # and how far behind that it is touched
 
 
 cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
@@ -114,6 +125,11 @@ cdef inline bint is_behind_resident(pool_t *pool, region_id r, int64_t position,
     return in_memory(pool, r, (position >> pool.page_shift) - 1)
 
 
+cdef inline bint is_finer(pool_t *pool, stream_t *s, int64_t delta) noexcept nogil:
+    """Whether a step shows that a stream leaves out less than it seemed: some of its first pages were in memory."""
+    return s.confirmed < LONG_STREAM and delta % s.stride and s.stride % delta == 0 and not adjacency(pool, delta)
+
+
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
     """Whether a fault continues a stream; notes it if so."""
     cdef int64_t page = <int64_t>pool.page_bytes
@@ -133,7 +149,15 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
     else:
         if adjacency(pool, s.stride) == 0:
             delta = position - s.last
-        if (delta > 0) != (s.stride > 0) or delta % s.stride != 0:
+        if (delta > 0) != (s.stride > 0):
+            return False
+        if is_finer(pool, s, delta):
+            s.stride = delta
+            s.confirmed = 1
+            s.width = 0
+            s.last = position
+            return True
+        if delta % s.stride != 0:
             return False
         if not came_by(pool, r, s, position, delta // s.stride):
             return False
@@ -175,8 +199,48 @@ cdef inline stream_t *stream_replace(detector_t *d, int64_t position) noexcept n
     oldest.ahead = position
     oldest.confirmed = 0
     oldest.window = 0
+    oldest.width = 0
     oldest.generation += 1
     return oldest
+
+
+cdef inline uint32_t row_pages(pool_t *pool, stream_t *s) noexcept nogil:
+    """The most pages that a row of a stream lies on."""
+    return <uint32_t>(s.width >> pool.page_shift) + 2
+
+
+cdef inline bint row_takes(
+    pool_t *pool, region_id r, stream_t *s, int64_t position, uint64_t time, int64_t *start
+) noexcept nogil:
+    """Whether a fault is at the next page of a row that a stream has come to: so are a block's, in a matrix.
+
+    The row begins at *start.  The stream is as wide as its widest row, and what was asked for is asked for again.
+    """
+    cdef int64_t way = absolute(s.stride), rows, rest, index, begin
+    if s.confirmed < CONFIRM or adjacency(pool, s.stride) or time - s.used > ROW_FAULTS:
+        return False
+    if position & (pool.page_bytes - 1) >= LINE_BYTES:
+        return False
+    rest = (position - s.last) % way
+    if rest < 0:
+        rest += way
+    begin = position - rest
+    rows = (begin - s.last) // s.stride
+    if rest == 0 or rows < -ROWS_BACK or (rows > 0 and not came_by(pool, r, s, begin, rows)):
+        return False
+    index = position >> pool.page_shift
+    if index - ((begin + s.width) >> pool.page_shift) > 1 or rest >> pool.page_shift > ROW_PAGES:
+        return False
+    if not in_memory(pool, r, index - 1) or not in_memory(pool, r, begin >> pool.page_shift):
+        return False
+    if rows > 0:
+        s.last = begin
+        s.confirmed += <uint32_t>rows
+    if rest > s.width:
+        s.width = rest
+        s.ahead = s.last
+    start[0] = begin
+    return True
 
 
 cdef inline uint32_t window_share(pool_t *pool, detector_t *d) noexcept nogil:
@@ -204,6 +268,8 @@ cdef inline void stream_ask(
         position = page_start(pool, position)
     else:
         s.window = max(min(s.window, <uint32_t>MOST_WITH_GAPS), <uint32_t>FIRST_WITH_GAPS)
+        if s.width:
+            s.window = max(min(s.window, window_share(pool, d) // row_pages(pool, s)), <uint32_t>1)
         # Each page is a read of its own: the threads share them, and the reader overtakes none of them.
         most = max(min(most // STRIDED_SHARES, <int64_t>s.window // 4), 1)
     if (s.ahead - position) * sign <= 0:
@@ -212,6 +278,8 @@ cdef inline void stream_ask(
     request.object = region.object
     request.generation = region.object_generation
     request.stride = step
+    request.width = s.width
+    request.zeros = False
     request.region = r
     request.region_generation = generation
     request.stream = <uint32_t>(s - &d.streams[0])
@@ -234,42 +302,70 @@ cdef inline void stream_ask(
         s.ahead += step * steps
 
 
-cdef inline int detector_feed(
-    pool_t *pool, region_id r, uint32_t generation, int64_t position, int64_t *gap
+cdef inline stream_t *stream_find(
+    pool_t *pool, region_id r, detector_t *d, int64_t position, int64_t *row
 ) noexcept nogil:
-    """Whether the fault continues a stream that is worth following.
-
-    Its direction, 1 or -1, where that is a stream of neighbouring pages; where it leaves pages out, its stride goes
-    to `gap`, in bytes.  Else both are 0.
-    """
-    cdef detector_t *d = pool.detectors[r]
+    """The stream that a fault continues, or that begins with it; its row begins at *row."""
     cdef stream_t *s
-    cdef int direction = 0
     cdef int i
-    gap[0] = 0
-    if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
-        return 0
-    if not life_hold(&pool.regions[r].word, generation):
-        mutex_unlock(&d.lock)
-        return 0
-    d.time += 1
+    row[0] = position
+    for i in range(STREAMS + 1):
+        s = &d.streams[i]
+        if s.used and row_takes(pool, r, s, position, d.time, row):
+            return s
     for i in range(STREAMS):
         s = &d.streams[i]
         if s.used and stream_takes(pool, r, s, position):
-            break
-    else:
-        s = &d.streams[FAR]
-        if not far_takes(pool, r, s, position):
-            s = stream_replace(d, position)
+            return s
+    s = &d.streams[FAR]
+    return s if far_takes(pool, r, s, position) else stream_replace(d, position)
+
+
+cdef inline void detector_feed(
+    pool_t *pool, region_id r, uint32_t generation, int64_t position, way_t *way
+) noexcept nogil:
+    """Tell readahead of a fault, and find out whether it continues a stream that is worth following."""
+    cdef detector_t *d = pool.detectors[r]
+    cdef stream_t *s
+    way.direction = 0
+    way.gap = 0
+    way.row = position
+    way.width = 0
+    if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
+        return
+    if not life_hold(&pool.regions[r].word, generation):
+        mutex_unlock(&d.lock)
+        return
+    d.time += 1
+    s = stream_find(pool, r, d, position, &way.row)
     s.used = d.time
     if s.confirmed >= CONFIRM or (pool.regions[r].advice == ADVICE_SEQUENTIAL and s.confirmed):
-        direction = adjacency(pool, s.stride)
-        if direction == 0:
-            gap[0] = s.stride
-        stream_ask(pool, r, generation, d, s, position)
+        way.direction = adjacency(pool, s.stride)
+        if way.direction == 0:
+            way.gap = s.stride
+            way.width = s.width
+        stream_ask(pool, r, generation, d, s, s.last)
     life_drop(&pool.regions[r].word)
     mutex_unlock(&d.lock)
-    return direction
+
+
+cdef inline void zeros_ask(
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, uint32_t pages
+) noexcept nogil:
+    """Have memory given to pages that a stream of first touches comes to next, while it is at those before."""
+    cdef request_t request
+    request.object = pool.regions[r].object
+    request.generation = pool.regions[r].object_generation
+    request.first = index << pool.page_shift
+    request.stride = <int64_t>pool.page_bytes
+    request.width = 0
+    request.count = pages
+    request.zeros = True
+    request.region = r
+    request.region_generation = generation
+    request.stream = NOBODY
+    request.stream_generation = 0
+    request_put(pool, &request)
 
 
 cdef inline void stream_fell_short(pool_t *pool, request_t *request, int64_t position) noexcept nogil:
