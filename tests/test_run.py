@@ -246,8 +246,11 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def test_are_an_interrupt_and_a_traceback_what_they_are_without(tmp_path: Path) -> None:
+    # Many short sleeps: one that a signal comes right before is not interrupted.
     waiting = script(
-        tmp_path, "import time, numpy\nprint('up', flush=True)\nfor _ in [1]:\n    time.sleep(300)"
+        tmp_path,
+        "import time, numpy\nprint('up', flush=True)\n"
+        "for _ in range(30_000):\n    time.sleep(0.01)",
     )
     ended = []
     for how in ([], ["-m", "pyswap", "run", "--memory", "8M"]):
