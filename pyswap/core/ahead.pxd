@@ -1,6 +1,7 @@
 """Readahead requests carried out, as far as frames are free (R4): runs of neighbouring slots, or of a file's pages.
 
-A page that arrives is resident, unmapped, and marked AHEAD until somebody asks for it.
+A page that arrives is resident, unmapped, and marked AHEAD until somebody asks for it.  Pages that nobody has touched
+get zeros, if that is what the request is for.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 

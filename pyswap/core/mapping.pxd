@@ -188,7 +188,9 @@ cdef inline int64_t map_resident(
         begin = index
         n = 0
         run_writable = False
-        while index < end and neighbour_lock(pool, r, index, want.page + (index - first), False, write, &f):
+        while n < 256 and index < end and neighbour_lock(
+            pool, r, index, want.page + (index - first), False, write, &f
+        ):
             writable = maps_writable(pool, &pool.frames[f], write)
             if n and writable != run_writable:
                 page_unlock(pool, &pool.frames[f])

@@ -1,11 +1,11 @@
 """Readahead: follow access streams, and queue what is worth reading before it is asked for.
 
-detector_feed() is told of every fault of a region and answers whether it continues a stream.  A stream is
-followed after two steps of one stride, or three where it leaves out pages near by; what is then kept ahead of it
-is twice its way so far, up to the window.  One that goes from page to page is followed by pages; one that leaves
-pages out by its addresses, since the rows of a matrix need not be whole pages.  Of such rows a column's pages
-change at one in many, far apart: so of the faults that belong to no stream the latest are looked at, too, whether
-their distance stays the same.
+detector_feed() is told of every fault of a region and finds the stream that it continues.  A stream is followed
+after two steps of one stride, or three where it leaves out pages near by; what is then kept ahead of it is twice its
+way so far, up to the window.  One that goes from page to page is followed by pages; one that leaves pages out by its
+addresses, since the rows of a matrix need not be whole pages, and with as much of each row as is touched, a block's
+part of it.  Of a column's elements few are on pages that the column before was not on, far apart: so of the faults
+that belong to no stream the latest are looked at, too, whether their distance stays the same.
 
 Requests wait in a bounded ring for the readahead threads; a full ring drops them.
 """
@@ -125,9 +125,11 @@ cdef inline bint is_behind_resident(pool_t *pool, region_id r, int64_t position,
     return in_memory(pool, r, (position >> pool.page_shift) - 1)
 
 
-cdef inline bint is_finer(pool_t *pool, stream_t *s, int64_t delta) noexcept nogil:
+cdef inline bint is_finer(pool_t *pool, region_id r, stream_t *s, int64_t delta) noexcept nogil:
     """Whether a step shows that a stream leaves out less than it seemed: some of its first pages were in memory."""
-    return s.confirmed < LONG_STREAM and delta % s.stride and s.stride % delta == 0 and not adjacency(pool, delta)
+    if s.confirmed >= LONG_STREAM or delta % s.stride == 0 or s.stride % delta or adjacency(pool, delta):
+        return False
+    return s.last >= delta and in_memory(pool, r, (s.last - delta) >> pool.page_shift)
 
 
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
@@ -151,10 +153,11 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
             delta = position - s.last
         if (delta > 0) != (s.stride > 0):
             return False
-        if is_finer(pool, s, delta):
+        if is_finer(pool, r, s, delta):
             s.stride = delta
             s.confirmed = 1
             s.width = 0
+            s.ahead = position
             s.last = position
             return True
         if delta % s.stride != 0:
@@ -182,6 +185,7 @@ cdef inline bint far_takes(pool_t *pool, region_id r, stream_t *s, int64_t posit
     else:
         s.stride = delta
         s.confirmed = 1
+        s.width = 0
     s.ahead = position
     s.window = 0
     s.generation += 1
@@ -225,10 +229,13 @@ cdef inline bint row_takes(
     if rest < 0:
         rest += way
     begin = position - rest
+    index = position >> pool.page_shift
+    # The page that the row begins on is no next one.
+    if begin < 0 or begin >> pool.page_shift == index:
+        return False
     rows = (begin - s.last) // s.stride
     if rest == 0 or rows < -ROWS_BACK or (rows > 0 and not came_by(pool, r, s, begin, rows)):
         return False
-    index = position >> pool.page_shift
     if index - ((begin + s.width) >> pool.page_shift) > 1 or rest >> pool.page_shift > ROW_PAGES:
         return False
     if not in_memory(pool, r, index - 1) or not in_memory(pool, r, begin >> pool.page_shift):
