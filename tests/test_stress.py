@@ -167,8 +167,9 @@ def faults(pool: pyswap.Pool) -> int:
 
 
 def stir(crew: Crew, pool: pyswap.Pool, rng: random.Random) -> None:
-    """Kill, fork and end until there were enough faults."""
-    while faults(pool) < FAULTS or crew.killed < KILLED or crew.forked < FORKED:
+    """Kill, fork and end until there were enough faults, and somebody was killed who had a lock."""
+    broken = crew.bench.counters.broken
+    while faults(pool) < FAULTS or crew.killed < KILLED or crew.forked < FORKED or not broken.any():
         while len(crew.at_work) < CREW:
             crew.begin()
         number = rng.choice(list(crew.at_work))
