@@ -16,7 +16,6 @@ from pyswap.core cimport layout
 from pyswap.core.ahead cimport ahead_serve
 from pyswap.core.checksum cimport checksum_of
 from pyswap.core.context cimport (
-    NOBODY,
     attached_t,
     detector_t,
     pool_t,
@@ -105,7 +104,7 @@ from pyswap.core.lock cimport (
 from pyswap.core.mapping cimport mapper_end
 from pyswap.core.order cimport answer_take, unread_text
 from pyswap.core.page cimport wanted_t
-from pyswap.core.readahead cimport request_put, request_take
+from pyswap.core.readahead cimport request_begin, request_put, request_take
 from pyswap.core.reclaim cimport reclaim_loop, write_ahead_loop
 from pyswap.core.resize cimport frame_retire, frames_add
 from pyswap.core.region cimport (
@@ -1033,15 +1032,7 @@ cdef class Swapper:
         cdef pool_t *pool = self.pool
         cdef request_t request
         cdef uint64_t done = 0
-        request.object = pool.regions[r].object
-        request.generation = pool.regions[r].object_generation
-        request.stride = <int64_t>pool.page_bytes
-        request.width = 0
-        request.zeros = False
-        request.region = r
-        request.region_generation = generation
-        request.stream = NOBODY
-        request.stream_generation = 0
+        request_begin(pool, &request, r, generation, <int64_t>pool.page_bytes)
         while done < count:
             request.first = <int64_t>((first + done) << pool.page_shift)
             request.count = <uint32_t>min(count - done, <uint64_t>pool.header.chunk_pages)

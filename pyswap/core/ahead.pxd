@@ -24,7 +24,7 @@ from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
 from pyswap.core.mapping cimport gather_zero
 from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_slot, pte_read, pte_slot
-from pyswap.core.readahead cimport absolute, stream_fell_short
+from pyswap.core.readahead cimport absolute, row_end, stream_fell_short
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, life_is, region_lookup, region_page
 from pyswap.core.store cimport store_punch, store_write
 
@@ -67,17 +67,14 @@ cdef inline bint is_next(uint64_t pte, slot_id first, int64_t step) noexcept nog
 
 cdef inline int64_t next_page(pool_t *pool, request_t *request, rest_t *rest) noexcept nogil:
     """The index of the page that a request is at: a row's pages come in the direction that its rows do."""
-    cdef int64_t first = rest.position >> pool.page_shift
     if request.stride > 0:
-        return first + rest.taken
-    return min((rest.position + request.width) >> pool.page_shift, rest.pages - 1) - rest.taken
+        return (rest.position >> pool.page_shift) + rest.taken
+    return row_end(pool, rest.position, request.width, rest.pages) - 1 - rest.taken
 
 
 cdef inline void page_taken(pool_t *pool, request_t *request, rest_t *rest) noexcept nogil:
-    cdef int64_t first = rest.position >> pool.page_shift
-    cdef int64_t last = min((rest.position + request.width) >> pool.page_shift, rest.pages - 1)
     rest.taken += 1
-    if rest.taken > last - first:
+    if (rest.position >> pool.page_shift) + rest.taken >= row_end(pool, rest.position, request.width, rest.pages):
         rest.taken = 0
         rest.position += request.stride
         rest.steps -= 1
@@ -185,7 +182,7 @@ cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, uint8_t 
 
 cdef inline void ahead_zero(pool_t *pool, request_t *request) noexcept nogil:
     """Give memory to pages that nobody has touched, as a fault would."""
-    cdef frame_id frames[257]
+    cdef frame_id frames[257]   # a fault's page, and its neighbours
     cdef uint32_t n, i
     cdef wanted_t want
     if not life_hold(&pool.regions[request.region].word, request.region_generation):

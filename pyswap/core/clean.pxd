@@ -296,6 +296,7 @@ cdef inline bint victim_publish(pool_t *pool, victim_t *victim) noexcept nogil:
     slot_use(pool, victim.slot, frame.page, victim.checksum)
     frame.slot = victim.slot
     frame_set_clean(pool, frame)
+    frame_mark(frame, CLEANED)
     frame_set_present(pool, frame)
     slot_free(pool, old)
     return True
@@ -323,7 +324,6 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
                 drop[k] = victims[i]
                 k += 1
                 continue
-            frame_mark(frame, CLEANED)
         page_unlock(pool, frame)
     victims_drop(pool, drop, k)
     # Somebody held these at the time; nothing is held here now, so they may be waited for.
@@ -337,7 +337,6 @@ cdef inline uint32_t victims_finish(pool_t *pool, victim_t *victims, uint32_t n,
             if not victim_keep(pool, &victims[i], evict):
                 victims_drop(pool, &victims[i], 1)
                 continue
-            frame_mark(frame, CLEANED)
         page_unlock(pool, frame)
     return cleaned
 

@@ -417,8 +417,6 @@ cdef inline void fault_resolve(
     fault.want.patient = patient
     fault.want.error = 0
     fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
-    fault.way.direction = 0
-    fault.way.gap = 0
     fault.fed = False
     while result == AGAIN and fault_find(pool, &fault):
         # Readahead first, so that it goes on while this page is read.

@@ -31,7 +31,6 @@ from pyswap.core.layout cimport (
     PRESENT,
     frame_id,
     frame_t,
-    object_id,
     page_id,
     region_id,
     region_t,
@@ -39,8 +38,8 @@ from pyswap.core.layout cimport (
 )
 from pyswap.core.lock cimport and64, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
-from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
-from pyswap.core.readahead cimport around_limit, way_t, zeros_ask
+from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
+from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
 from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
@@ -230,7 +229,7 @@ cdef inline void map_rows(
     cdef wanted_t near = want[0]
     index += 1
     for _ in range(<uint32_t>MAPPED_ROWS):
-        end = min((row + way.width) >> pool.page_shift, <int64_t>region.pages - 1) + 1
+        end = row_end(pool, row, way.width, <int64_t>region.pages)
         if index < end:
             near.page = region_page(pool, r, index) & PAGE_MASK
             if map_resident(pool, &near, r, generation, index, end, write) != end:
@@ -239,16 +238,6 @@ cdef inline void map_rows(
         index = row >> pool.page_shift
         if index < 0 or index >= <int64_t>region.pages:
             return
-
-
-cdef inline void zeros_ahead(
-    pool_t *pool, region_id r, region_t *region, uint32_t generation, object_id o, int64_t index, uint32_t limit
-) noexcept nogil:
-    """Ask for zeroed pages behind those that a stream gets now: their memory takes as long as writing them does."""
-    if index >= <int64_t>region.pages or has_file(pool, o):
-        return
-    if pte_read(pool, region_page(pool, r, index) & PAGE_MASK) == PTE_EMPTY:
-        zeros_ask(pool, r, generation, index, <uint32_t>min(<int64_t>limit + 1, <int64_t>region.pages - index))
 
 
 cdef inline void map_around(
@@ -276,8 +265,9 @@ cdef inline void map_around(
         limit = n
     near.page = region_page(pool, r, first) & PAGE_MASK
     near.index = <uint64_t>first
-    if stride == 1:
-        zeros_ahead(pool, r, region, generation, near.object, first + limit, limit)
+    if stride == 1 and not has_file(pool, near.object):
+        # As many as the next fault is to map: its own page, and its neighbours.
+        zeros_ahead(pool, r, generation, first + limit, limit + 1)
     # Only a stream that writes is taken to write its neighbours too.
     write = write and (stride == 1 or n != 0)
     if (stride == 1 or n) and pte_read(pool, near.page) == 0 and not has_file(pool, near.object):

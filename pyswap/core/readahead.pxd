@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from pyswap.core.context cimport FAR, NOBODY, REQUESTS, STREAMS, detector_t, pool_t, request_t, stream_t
 from pyswap.core.layout cimport ADVICE_RANDOM, ADVICE_SEQUENTIAL, region_id, region_t
 from pyswap.core.lock cimport add32, futex_wake, load32, load64, mutex_lock, mutex_trylock, mutex_unlock
-from pyswap.core.pagetable cimport pte_is_frame, pte_read
+from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_frame, pte_read
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, region_page
 
 cdef enum:
@@ -38,8 +38,23 @@ cdef enum:
 cdef struct way_t:              # where a fault belongs: the stream that it continues
     int64_t direction           # 1 or -1 where that goes from page to page; else 0
     int64_t gap                 # its stride, in bytes, where it leaves pages out; else 0
-    int64_t row                 # then, where the fault's row begins, in bytes,
+    int64_t row                 # only then: where the fault's row begins, in bytes,
     int64_t width               # and how far behind that it is touched
+
+
+cdef inline void request_begin(
+    pool_t *pool, request_t *request, region_id r, uint32_t generation, int64_t stride
+) noexcept nogil:
+    """A request for a region's pages that belongs to no stream; what is asked for of them is for the caller to say."""
+    request.object = pool.regions[r].object
+    request.generation = pool.regions[r].object_generation
+    request.stride = stride
+    request.width = 0
+    request.zeros = False
+    request.region = r
+    request.region_generation = generation
+    request.stream = NOBODY
+    request.stream_generation = 0
 
 
 cdef inline bint request_put(pool_t *pool, request_t *request) noexcept nogil:
@@ -125,6 +140,19 @@ cdef inline bint is_behind_resident(pool_t *pool, region_id r, int64_t position,
     return in_memory(pool, r, (position >> pool.page_shift) - 1)
 
 
+cdef inline void stream_begin(
+    stream_t *s, int64_t position, int64_t stride, uint32_t confirmed, int64_t width
+) noexcept nogil:
+    """Begin a stream anew: what it was is over, and what it asked for no longer its own."""
+    s.last = position
+    s.stride = stride
+    s.confirmed = confirmed
+    s.width = width
+    s.ahead = position
+    s.window = 0
+    s.generation += 1
+
+
 cdef inline bint is_finer(pool_t *pool, region_id r, stream_t *s, int64_t delta) noexcept nogil:
     """Whether a step shows that a stream leaves out less than it seemed: some of its first pages were in memory."""
     if s.confirmed >= LONG_STREAM or delta % s.stride == 0 or s.stride % delta or adjacency(pool, delta):
@@ -154,11 +182,7 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
         if (delta > 0) != (s.stride > 0):
             return False
         if is_finer(pool, r, s, delta):
-            s.stride = delta
-            s.confirmed = 1
-            s.width = 0
-            s.ahead = position
-            s.last = position
+            stream_begin(s, position, delta, 1, 0)
             return True
         if delta % s.stride != 0:
             return False
@@ -176,20 +200,15 @@ cdef inline bint far_takes(pool_t *pool, region_id r, stream_t *s, int64_t posit
     """
     cdef int64_t delta = position - s.last
     cdef int64_t steps = delta // s.stride if s.stride else 0
-    s.last = position
     if steps > 0 and delta == steps * s.stride and came_by(pool, r, s, position, steps):
+        s.last = position
         s.confirmed += <uint32_t>steps
         return True
     if s.confirmed >= LONG_STREAM:
-        s.confirmed = CONFIRM
-    else:
-        s.stride = delta
-        s.confirmed = 1
-        s.width = 0
-    s.ahead = position
-    s.window = 0
-    s.generation += 1
-    return s.confirmed >= CONFIRM
+        stream_begin(s, position, s.stride, CONFIRM, s.width)
+        return True
+    stream_begin(s, position, delta, 1, 0)
+    return False
 
 
 cdef inline stream_t *stream_replace(detector_t *d, int64_t position) noexcept nogil:
@@ -198,14 +217,13 @@ cdef inline stream_t *stream_replace(detector_t *d, int64_t position) noexcept n
     for i in range(1, STREAMS):
         if d.streams[i].used < oldest.used:
             oldest = &d.streams[i]
-    oldest.last = position
-    oldest.stride = 0
-    oldest.ahead = position
-    oldest.confirmed = 0
-    oldest.window = 0
-    oldest.width = 0
-    oldest.generation += 1
+    stream_begin(oldest, position, 0, 0, 0)
     return oldest
+
+
+cdef inline int64_t row_end(pool_t *pool, int64_t row, int64_t width, int64_t pages) noexcept nogil:
+    """The index behind the last page of a row; the array has so many."""
+    return min(((row + width) >> pool.page_shift) + 1, pages)
 
 
 cdef inline uint32_t row_pages(pool_t *pool, stream_t *s) noexcept nogil:
@@ -267,28 +285,24 @@ cdef inline void stream_ask(
     cdef request_t request
     cdef int64_t step = s.stride, sign = 1 if s.stride > 0 else -1
     cdef int64_t limit, steps, most = pool.header.chunk_pages, end = <int64_t>(region.pages << pool.page_shift)
-    s.window = window_share(pool, d)
+    cdef uint32_t share = window_share(pool, d)
+    s.window = share
     if region.advice != ADVICE_SEQUENTIAL:
         # No more than twice what it has gone already: most rows, and parts of arrays, end somewhere.
-        s.window = min(2 * s.confirmed, s.window)
+        s.window = min(2 * s.confirmed, share)
     if adjacency(pool, step):
         position = page_start(pool, position)
     else:
         s.window = max(min(s.window, <uint32_t>MOST_WITH_GAPS), <uint32_t>FIRST_WITH_GAPS)
         if s.width:
-            s.window = max(min(s.window, window_share(pool, d) // row_pages(pool, s)), <uint32_t>1)
+            s.window = max(min(s.window, share // row_pages(pool, s)), <uint32_t>1)
         # Each page is a read of its own: the threads share them, and the reader overtakes none of them.
         most = max(min(most // STRIDED_SHARES, <int64_t>s.window // 4), 1)
     if (s.ahead - position) * sign <= 0:
         s.ahead = position + step
     limit = position + step * (<int64_t>s.window + 1)
-    request.object = region.object
-    request.generation = region.object_generation
-    request.stride = step
+    request_begin(pool, &request, r, generation, step)
     request.width = s.width
-    request.zeros = False
-    request.region = r
-    request.region_generation = generation
     request.stream = <uint32_t>(s - &d.streams[0])
     request.stream_generation = s.generation
     while (limit - s.ahead) * sign > 0 and 0 <= s.ahead < end:
@@ -318,7 +332,7 @@ cdef inline stream_t *stream_find(
     row[0] = position
     for i in range(STREAMS + 1):
         s = &d.streams[i]
-        if s.used and row_takes(pool, r, s, position, d.time, row):
+        if row_takes(pool, r, s, position, d.time, row):
             return s
     for i in range(STREAMS):
         s = &d.streams[i]
@@ -336,8 +350,6 @@ cdef inline void detector_feed(
     cdef stream_t *s
     way.direction = 0
     way.gap = 0
-    way.row = position
-    way.width = 0
     if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
         return
     if not life_hold(&pool.regions[r].word, generation):
@@ -356,22 +368,21 @@ cdef inline void detector_feed(
     mutex_unlock(&d.lock)
 
 
-cdef inline void zeros_ask(
+cdef inline void zeros_ahead(
     pool_t *pool, region_id r, uint32_t generation, int64_t index, uint32_t pages
 ) noexcept nogil:
-    """Have memory given to pages that a stream of first touches comes to next, while it is at those before."""
+    """Have zeros made ready where a stream of first touches comes next: that takes as long as writing them does.
+
+    Not for an array of a file, whose untouched pages are no zeros.
+    """
+    cdef region_t *region = &pool.regions[r]
     cdef request_t request
-    request.object = pool.regions[r].object
-    request.generation = pool.regions[r].object_generation
+    if index >= <int64_t>region.pages or pte_read(pool, region_page(pool, r, index) & PAGE_MASK) != PTE_EMPTY:
+        return
+    request_begin(pool, &request, r, generation, <int64_t>pool.page_bytes)
     request.first = index << pool.page_shift
-    request.stride = <int64_t>pool.page_bytes
-    request.width = 0
-    request.count = pages
+    request.count = <uint32_t>min(<int64_t>pages, <int64_t>region.pages - index)
     request.zeros = True
-    request.region = r
-    request.region_generation = generation
-    request.stream = NOBODY
-    request.stream_generation = 0
     request_put(pool, &request)
 
 
