@@ -153,13 +153,6 @@ cdef inline void stream_begin(
     s.generation += 1
 
 
-cdef inline bint is_finer(pool_t *pool, region_id r, stream_t *s, int64_t delta) noexcept nogil:
-    """Whether a step shows that a stream leaves out less than it seemed: some of its first pages were in memory."""
-    if s.confirmed >= LONG_STREAM or delta % s.stride == 0 or s.stride % delta or adjacency(pool, delta):
-        return False
-    return s.last >= delta and in_memory(pool, r, (s.last - delta) >> pool.page_shift)
-
-
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
     """Whether a fault continues a stream; notes it if so."""
     cdef int64_t page = <int64_t>pool.page_bytes
@@ -179,12 +172,7 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
     else:
         if adjacency(pool, s.stride) == 0:
             delta = position - s.last
-        if (delta > 0) != (s.stride > 0):
-            return False
-        if is_finer(pool, r, s, delta):
-            stream_begin(s, position, delta, 1, 0)
-            return True
-        if delta % s.stride != 0:
+        if (delta > 0) != (s.stride > 0) or delta % s.stride != 0:
             return False
         if not came_by(pool, r, s, position, delta // s.stride):
             return False
