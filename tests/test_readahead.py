@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -398,6 +399,105 @@ def test_do_pages_arrive_while_their_reader_is_parked_in_its_fault(
         point.release()
         assert reader.answer() == list(range(1, 65))
     assert pool.stats().readahead_hits > 0
+
+
+@pytest.fixture
+def resident() -> Iterator[tuple[Any, list[Any]]]:
+    """Make a pool and a list of one array of its, which is in memory: row i is full of i + 1.
+
+    Nothing else refers to the array: a forked child that clears its list has ended it.
+    """
+    with pyswap.Pool(2 * FRAMES * 4096, "64 MiB", page_size=4096) as pool:
+        yield pool, [full(pool)]
+
+
+def full(pool: Any) -> Any:
+    a = pool.zeros((FRAMES // 2, 512), np.int64)
+    a[:] = np.arange(FRAMES // 2)[:, None] + 1
+    return a
+
+
+# A fault that is followed by another behind what was mapped around it makes a stream, of whose
+# neighbours so many are mapped before its thread goes on.
+FEW, NEAR = 32, 32
+AROUND = config.bounds(2 * FRAMES, 4096).around_pages
+
+
+@pytest.mark.failpoint
+def test_does_a_streams_thread_go_on_before_all_its_neighbours_are_mapped(
+    resident: tuple[Any, list[Any]],
+) -> None:
+    pool, arrays = resident
+    second = FEW + 1
+    near = second + NEAR + 1
+    with (
+        actors(1, lambda pages: [int(arrays[0][page, 3]) for page in pages]) as (reader,),
+        Failpoint(pool, "map_onward", "park") as point,
+    ):
+        assert reader.ask(range(near)) == list(range(1, near + 1))
+        point.wait_parked()
+        mapped = [mappers_of(pool, page) == 2 for page in arrays[0]]
+        assert mapped == [True] * near + [False] * (len(mapped) - near)
+        # A page that is out by now is passed over.
+        pool.advise(arrays[0][near + 50], "pageout")
+        before = pool.stats()
+        point.release()
+        until(lambda: mappers_of(pool, arrays[0][near + 49]) == 2, "the rest is mapped")
+        assert reader.ask(range(near, near + 50)) == list(range(near + 1, near + 51))
+        assert pool.stats().minor_faults == before.minor_faults
+        assert reader.ask(range(near + 50, 600)) == list(range(near + 51, 601))
+
+
+@pytest.mark.failpoint
+def test_does_a_streams_thread_wait_for_all_its_neighbours_beside_other_faults(
+    resident: tuple[Any, list[Any]],
+) -> None:
+    """It would fault again at what is not mapped yet, since processors are short."""
+    pool, arrays = resident
+    second = FEW + 1
+    with (
+        actors(2, lambda pages: [int(arrays[0][page, 3]) for page in pages]) as (other, reader),
+        Failpoint(pool, "map_onward", "park") as onward,
+    ):
+        assert reader.ask([0]) == [1]
+        with Failpoint(pool, "map_before", "park") as held:
+            other.tell([len(arrays[0]) - 1])
+            held.wait_parked()
+            assert reader.ask([second]) == [second + 1]
+            mapped = [mappers_of(pool, page) == 2 for page in arrays[0][:-1]]
+            assert mapped == [i <= second + AROUND for i in range(len(mapped))]
+            assert onward.hits == 0
+            held.release()
+        assert other.answer() == [len(arrays[0])]
+
+
+@pytest.mark.failpoint
+def test_is_nothing_mapped_of_another_array_where_a_streams_own_has_ended(
+    resident: tuple[Any, list[Any]],
+) -> None:
+    pool, arrays = resident
+
+    def answer(order: Any) -> object:
+        if order == "end":
+            arrays.clear()
+        elif isinstance(order, bytes):
+            arrays.append(pickle.loads(order))
+        else:
+            return [int(arrays[0][page, 3]) for page in order]
+        return None
+
+    second = FEW + 1
+    with actors(1, answer) as (reader,), Failpoint(pool, "map_onward", "park") as point:
+        assert reader.ask([0, second]) == [1, second + 1]
+        point.wait_parked()
+        other = full(pool)
+        reader.ask("end")
+        # The same region number: the one that was given back last.
+        reader.ask(pickle.dumps(other))
+        point.release()
+        assert reader.ask([FRAMES // 2 - 1]) == [FRAMES // 2]
+        mapped = [mappers_of(pool, page) == 2 for page in other[: -AROUND - 1]]
+        assert not any(mapped)
 
 
 @pytest.mark.parametrize("step", [1, -1])

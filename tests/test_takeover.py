@@ -41,8 +41,9 @@ ELSEWHERE = {"attendant_order", "attendant_mapped", "attendant_done"}
 """Failpoints that a worker's own thread meets: tests of workers' deaths have those."""
 UNUSUAL = {"frame_offline", "frame_back", "takeover"}
 """Those that it takes a full /dev/shm, or a takeover, to come to."""
-NEVER_IN_PLAY = {"file_read", "move_placed", "move_begun", "move_mapped"}
-"""Those of arrays that come from files, and of NumPy's that grow: tests of these have them."""
+NEVER_IN_PLAY = {"file_read", "move_placed", "move_begun", "move_mapped", "map_onward"}
+"""Those of arrays that come from files, of NumPy's that grow, and of streams where more frames are
+mapped at once: tests of these have them."""
 
 
 @pytest.fixture
@@ -190,6 +191,25 @@ def test_does_a_swapper_that_is_killed_anywhere_lose_nothing() -> None:
     missed = sorted(set(points) - set(killed))
     print(f"killed at {len(killed)} of {len(points)} failpoints; missed: {missed}")
     assert not missed
+
+
+@pytest.mark.failpoint
+def test_does_a_swapper_that_is_killed_while_a_streams_thread_goes_on_lose_nothing() -> None:
+    pages = 1024
+    with pyswap.Pool(2 * pages * 4096, 2 * pages * 4096, page_size=4096) as pool:
+        a = pool.zeros((pages, WORDS), np.int64)
+        a[:] = values(pages)
+        old = pool.swapper_pid
+        with workers(a, 1) as (reader,), Failpoint(pool, "map_onward", "kill") as point:
+            reader.send(column_of, 3)
+            assert reader.answer() == values(pages)[:, 3].tolist()
+            assert point.hits == 1
+            a[:, 3] += 1
+            reader.send(column_of, 3)
+            assert reader.answer() == (values(pages)[:, 3] + 1).tolist()
+            assert reader.end() == 0
+        assert pool.swapper_pid != old
+        pool.check()
 
 
 @pytest.mark.failpoint

@@ -42,7 +42,7 @@ from pyswap.core.lock cimport (
     load32,
     now_ns,
 )
-from pyswap.core.mapping cimport frame_used, map_around, map_rows, map_run, unprotect_around
+from pyswap.core.mapping cimport frame_used, map_around, map_onward, map_rows, map_run, unprotect_around
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
@@ -127,7 +127,7 @@ cdef inline void fault_map(
     cdef region_t *region = &fault.region
     cdef region_id r = fault.r
     cdef uint32_t generation = fault.generation
-    cdef int64_t index = fault.index
+    cdef int64_t index = fault.index, rest = 0
     cdef int rc
     failpoint_visit(pool.header, FP_MAP_BEFORE)
     if mapped:
@@ -139,10 +139,12 @@ cdef inline void fault_map(
     else:
         # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
         if region.advice != ADVICE_RANDOM:
-            map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
+            rest = map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
         if fault.way.gap:
             map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
+        if rc == 0 and rest:
+            map_onward(pool, &fault.want, r, region, index, rest, fault.write)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
         engine_wake(pool, r, generation, index)

@@ -30,6 +30,8 @@ cdef extern from *:
     static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    /* Waits for nothing that was stored before: for who goes through many, under a lock. */
+    static inline void store32_release(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline int cas64(uint64_t *p, uint64_t old, uint64_t new_)
     { return __atomic_compare_exchange_n(p, &old, new_, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
     static inline int cas32(uint32_t *p, uint32_t old, uint32_t new_)
@@ -89,6 +91,7 @@ cdef extern from *:
     uint32_t load32(const uint32_t *p) noexcept nogil
     void store64(uint64_t *p, uint64_t v) noexcept nogil
     void store32(uint32_t *p, uint32_t v) noexcept nogil
+    void store32_release(uint32_t *p, uint32_t v) noexcept nogil
     bint cas64(uint64_t *p, uint64_t old, uint64_t new_) noexcept nogil
     bint cas32(uint32_t *p, uint32_t old, uint32_t new_) noexcept nogil
     uint64_t swap64(uint64_t *p, uint64_t v) noexcept nogil
@@ -140,6 +143,7 @@ cdef enum failpoint:
     FP_FILL_LOCKED          # a fill owns its frame and is in the page table; nothing read yet
     FP_FILL_READ            # the read of a slot: errno
     FP_MAP_BEFORE           # the frame is locked and about to be mapped
+    FP_MAP_ONWARD           # a stream's thread goes on, the rest of its neighbours are about to be mapped
     FP_CLEAN_PROTECTED      # a victim is write-protected, its bytes not yet written
     FP_CLEAN_WRITTEN        # the batch is written, nothing published
     FP_CLEAN_WRITE          # the write of a batch: errno

@@ -36,15 +36,16 @@ from pyswap.core.layout cimport (
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport and64, load64, or64
+from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
-from pyswap.core.region cimport PAGE_MASK, life_generation, region_page
+from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef enum:
     MAPPED_ROWS = 64            # ahead of a stream that leaves pages out
+    NEAR_PAGES = 32             # of a stream are mapped before its thread goes on: waking it takes as long as the rest
 
 
 cdef inline void frame_used(pool_t *pool, frame_t *frame) noexcept nogil:
@@ -240,10 +241,21 @@ cdef inline void map_rows(
             return
 
 
-cdef inline void map_around(
+cdef inline bint has_company(pool_t *pool) noexcept nogil:
+    """Whether faults are served beside this one: processors may be short, and who goes on overtakes who maps."""
+    cdef uint32_t i, n = 0
+    for i in range(pool.fault_threads):
+        n += load64(&pool.fault_begun[i]) != 0
+    return n > 1
+
+
+cdef inline int64_t map_around(
     pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t stride, bint write
 ) noexcept nogil:
-    """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches."""
+    """Map more than was asked for: what is resident, and zeroed neighbours for a stream of first touches.
+
+    Returns the index from which map_onward() goes on when the fault's thread is awake, or 0.
+    """
     cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id zeroed[256]
     cdef uint32_t limit = around_limit(pool, r, stride), n, i
@@ -257,7 +269,7 @@ cdef inline void map_around(
     if first + limit > <int64_t>region.pages:
         limit = <uint32_t>(<int64_t>region.pages - first)
     if limit == 0:
-        return
+        return 0
     # Copies go down from the end, too, where that suits their addresses.
     n = untouched_before(pool, r, index, limit) if stride == -1 else 0
     if n:
@@ -276,8 +288,32 @@ cdef inline void map_around(
             map_run(pool, r, generation, first, zeroed, n, write)
         for i in range(n):
             page_unlock(pool, &pool.frames[zeroed[i]])
+        return 0
+    if stride != 1 or limit <= NEAR_PAGES or has_company(pool):
+        map_resident(pool, &near, r, generation, first, first + limit, write)
+        return 0
+    if map_resident(pool, &near, r, generation, first, first + NEAR_PAGES, write) < first + NEAR_PAGES:
+        return 0
+    return first + NEAR_PAGES
+
+
+cdef inline void map_onward(
+    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t begin, bint write
+) noexcept nogil:
+    """Map the rest of what is resident behind a stream's fault at an index, while its thread is on the way there.
+
+    It may come before: then it waits for a frame's lock, as at any page that is about to be mapped, and faults again.
+    Or it may have ended the region, and another may be there: so this holds it.
+    """
+    cdef int64_t end = min(index + 1 + <int64_t>pool.header.around_pages, <int64_t>region.pages)
+    cdef uint32_t generation = life_generation(&region.word)
+    cdef wanted_t near = want[0]
+    failpoint_visit(pool.header, FP_MAP_ONWARD)
+    if not life_hold(&pool.regions[r].word, generation):
         return
-    map_resident(pool, &near, r, generation, first, first + limit, write)
+    near.page = region_page(pool, r, begin) & PAGE_MASK
+    map_resident(pool, &near, r, generation, begin, end, write)
+    life_drop(&pool.regions[r].word)
 
 
 cdef inline void unprotect_around(
