@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from .settings import Settings
 _log = logging.getLogger("pyswap")
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
-"""Where a swapper finds this package: found once, since every forked child names a successor."""
+"""Where a swapper finds this package."""
 
 _BOOT = """\
 import os, sys
@@ -280,10 +281,7 @@ class Attachment:
     def _begin_attendant(self, control: native.Control) -> None:
         assert self._channel is not None
         assert self._sock is not None
-        # What it takes to start another swapper, in which these are descriptors 3 to 5.
-        setup = {"vault": [3, 4], "control_fd": 5, "successor": True}
         reader, writer = self._vault
-        words = [os.fsencode(word) for word in _command(_SUCCESSOR, setup)]
         name = f"pyswap-takeover-{control.mark():016x}".encode()
         self._attendant = native.Attendant(
             control,
@@ -293,7 +291,7 @@ class Attachment:
             self.store_fd,
             self._empty_fd,
             self.token,
-            (words, reader, writer, self.control_fd, name),
+            (_successor(), reader, writer, self.control_fd, name),
         )
 
     def _end_attendant(self) -> None:
@@ -720,6 +718,14 @@ class Attachment:
 def _command(program: str, setup: Message) -> list[str]:
     """A program of this Python, without site-packages, that gets the setup as its last argument."""
     return [sys.executable, "-E", "-S", "-c", program, _PACKAGE, json.dumps(setup)]
+
+
+@functools.cache
+def _successor() -> list[bytes]:
+    """What it takes to start another swapper; made once, since every forked child names it."""
+    # In it these are descriptors 3 to 5.
+    setup = {"vault": [3, 4], "control_fd": 5, "successor": True}
+    return [os.fsencode(word) for word in _command(_SUCCESSOR, setup)]
 
 
 def _check_kernel(release: str) -> None:

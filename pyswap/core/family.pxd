@@ -5,7 +5,8 @@ again.  A page id is given to a copy when it has no reference and its page table
 extents a region to be sure of one: a region holds one page id of an index, and a second while its
 attendant maps a copy.
 
-Until an object is first shared it has no family: each page has one reference, which nobody counts.
+Counts change under the family's lock, and are read without: what makes a count of one true for long enough is said
+where it is read.  Until an object is first shared it has no family: each page has one reference, which nobody counts.
 
 In a sparse object pages of its own, the first, extent move to other indexes (sparse.pxd).  `places` says where a page
 is, as the difference to where it was at first, so that zeros mean that it never moved.  It is set by who gives a page
@@ -21,9 +22,7 @@ from pyswap.core.lock cimport (
     FP_PAGE_SHARED,
     FP_PAGE_TAKE,
     FP_PAGE_TAKEN,
-    add32,
     add64,
-    addi64,
     cas64,
     failpoint_visit,
     load32,
@@ -33,15 +32,10 @@ from pyswap.core.lock cimport (
     or64,
     panic,
     store32,
+    store32_release,
 )
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
 from pyswap.core.region cimport ALIVE
-
-cdef extern from *:
-    """
-    #define TWO_REFERENCES (((int64_t)1 << 32) + 1)
-    """
-    const int64_t TWO_REFERENCES    # one for each of two neighbours
 
 
 cdef inline family_t *family_of(pool_t *pool, object_id o) noexcept nogil:
@@ -154,24 +148,15 @@ cdef inline bint page_take(
     return found
 
 
-cdef inline void page_share(pool_t *pool, page_id page) noexcept nogil:
-    """A reference more; the gate of the region that has one is shut (R10)."""
-    add32(&pool.references[page], 1)
-    failpoint_visit(pool.header, FP_PAGE_SHARED)
-
-
-cdef inline void pages_share(pool_t *pool, page_id first, uint64_t count) noexcept nogil:
-    """As page_share() of consecutive pages: two counts lie in one word, and half as many words are locked."""
-    cdef page_id page = first, end = first + count
-    if page & 1 and page < end:
-        page_share(pool, page)
-        page += 1
-    while page + 1 < end:
-        addi64(<int64_t *>&pool.references[page], TWO_REFERENCES)
+cdef inline void pages_share(pool_t *pool, object_id o, page_id first, uint64_t count) noexcept nogil:
+    """A reference more for each of consecutive pages; the gate of the region that has one is shut (R10)."""
+    cdef family_t *family = &pool.families[o]
+    cdef page_id page
+    mutex_lock(&family.lock)
+    for page in range(first, first + count):
+        store32_release(&pool.references[page], load32(&pool.references[page]) + 1)
         failpoint_visit(pool.header, FP_PAGE_SHARED)
-        page += 2
-    if page < end:
-        page_share(pool, page)
+    mutex_unlock(&family.lock)
 
 
 cdef inline void family_look_again(pool_t *pool, object_id o) noexcept nogil:
@@ -179,48 +164,38 @@ cdef inline void family_look_again(pool_t *pool, object_id o) noexcept nogil:
     or64(&pool.unswept[o >> 6], <uint64_t>1 << (o & 63))
 
 
-cdef inline bint page_dropped(pool_t *pool, object_id o, page_id page, uint32_t before) noexcept nogil:
-    """A reference was given up; True when it was the last, and what the page holds is to be swept."""
+cdef inline void page_gone(pool_t *pool, object_id o, page_id page) noexcept nogil:
+    """The last reference was given up; under the lock."""
     cdef family_t *family = &pool.families[o]
-    cdef uint32_t e
-    cdef bint emptied
-    if before == 0:
-        panic("page_dropped: no reference", page, o, 0)
-    if before > 1:
-        return False
-    mutex_lock(&family.lock)
-    e = extent_of(family, page, pool.objects[o].pages)
+    cdef uint32_t e = extent_of(family, page, pool.objects[o].pages)
     family.live[e] -= 1
-    # The object's own stays.
-    emptied = family.live[e] == 0 and family.extents[e] != pool.objects[o].base
-    mutex_unlock(&family.lock)
-    if emptied:
+    # The object's own extent stays.
+    if family.live[e] == 0 and family.extents[e] != pool.objects[o].base:
         family_look_again(pool, o)
     commit_give(pool, 1)
-    return True
-
-
-cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nogil:
-    """Give up a reference; True when it was the last."""
-    cdef uint32_t before = add32(&pool.references[page], <uint32_t>-1)
-    failpoint_visit(pool.header, FP_PAGE_DROPPED)
-    return page_dropped(pool, o, page, before)
 
 
 cdef inline bint pages_drop(pool_t *pool, object_id o, page_id first, uint64_t count) noexcept nogil:
-    """As page_drop() of consecutive pages, two at a time; True when one was the last of its page."""
-    cdef page_id page = first, end = first + count
-    cdef uint64_t before
+    """Give up a reference to each of consecutive pages; True when one was its page's last: there is something to sweep.
+    """
+    cdef family_t *family = &pool.families[o]
+    cdef page_id page
+    cdef uint32_t before
     cdef bint last = False
-    if page & 1 and page < end:
-        last |= page_drop(pool, o, page)
-        page += 1
-    while page + 1 < end:
-        before = <uint64_t>addi64(<int64_t *>&pool.references[page], -TWO_REFERENCES)
+    mutex_lock(&family.lock)
+    for page in range(first, first + count):
+        before = load32(&pool.references[page])
+        if before == 0:
+            panic("pages_drop: no reference", page, o, 0)
+        store32_release(&pool.references[page], before - 1)
         failpoint_visit(pool.header, FP_PAGE_DROPPED)
-        last |= page_dropped(pool, o, page, <uint32_t>before)
-        last |= page_dropped(pool, o, page + 1, <uint32_t>(before >> 32))
-        page += 2
-    if page < end:
-        last |= page_drop(pool, o, page)
+        if before == 1:
+            page_gone(pool, o, page)
+            last = True
+    mutex_unlock(&family.lock)
     return last
+
+
+cdef inline bint page_drop(pool_t *pool, object_id o, page_id page) noexcept nogil:
+    """Give up a reference; True when it was the last, and what the page holds is to be swept."""
+    return pages_drop(pool, o, page, 1)

@@ -13,13 +13,13 @@ The system calls are bounded for a region: what may be mapped writable is protec
 whose gaps grow until they are so few, and one more for each pinned page in between.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, qsort
+from libc.stdlib cimport free, malloc, qsort
 
 from pyswap.core.context cimport pool_t
 from pyswap.core.copy cimport copy_make, page_forget
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.evict cimport pages_sweep
-from pyswap.core.family cimport family_look_again, family_of, page_share, pages_drop, pages_share
+from pyswap.core.family cimport family_look_again, family_of, pages_drop, pages_share
 from pyswap.core.frame cimport (
     WRITABLE,
     frame_claim_wait,
@@ -78,6 +78,7 @@ cdef extern from *:
 
 cdef enum:
     PROTECT_RANGES = 64
+    RUN_PAGES = 65536           # counted in one hold of the family's lock, which sharers' copies wait for
     FEW_PAGES = 8               # so many times fewer than the frames that would be looked at instead
     EARLY_COPY_WAIT_NS = 1_000_000_000
 
@@ -223,10 +224,12 @@ cdef inline int map_begin(pool_t *pool, region_id r, uint64_t place) noexcept no
 
 
 cdef inline uint64_t plain_run(const uint64_t *map, uint64_t index, uint64_t end, uint64_t entry) noexcept nogil:
-    """How many entries go on from an index's, page id by page id, with nothing else said of them; at least 1."""
+    """How many entries go on from an index's, page id by page id, with nothing else said of them; 1 to RUN_PAGES."""
     cdef uint64_t n = 1
     if entry & ~PAGE_MASK:
         return 1
+    if end > index + RUN_PAGES:
+        end = index + RUN_PAGES
     while index + n < end and map[index + n] == entry + n:
         n += 1
     return n
@@ -250,7 +253,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
         if n > 1:
             for k in range(n):
                 map[i + k] = page + k
-            pages_share(pool, page, n)
+            pages_share(pool, region.object, page, n)
             breaks += break_at(map, <int64_t>i, <int64_t>pages)
             i += n
             continue
@@ -271,7 +274,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
             if rc != 0:
                 break
         else:
-            page_share(pool, page)
+            pages_share(pool, region.object, page, 1)
         breaks += break_at(map, <int64_t>i, <int64_t>pages)
         i += 1
     if rc != 0:
@@ -410,7 +413,7 @@ cdef inline int region_protect_all(pool_t *pool, region_id r, uint64_t *keys) no
 
 cdef inline int regions_share(pool_t *pool, share_t *shares, uint32_t n) noexcept nogil:
     """Share the pages of regions with clones, which are not mapped yet; all or none."""
-    cdef uint64_t *keys = <uint64_t *>calloc(pool.header.frame_count, 8)
+    cdef uint64_t *keys = <uint64_t *>malloc(pool.header.frame_count * 8)
     cdef uint32_t i, done = 0
     cdef int rc = 0
     if keys == NULL:
