@@ -885,6 +885,7 @@ cdef class Swapper:
         region.is_private = pool.objects[o].is_private
         region.gate = 0
         region.breaks = 0
+        region.is_plain = 0
         region.map = NO_EXTENT
         pool.maps[r] = NULL
         store32(&region.promise, kind)

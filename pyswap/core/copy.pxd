@@ -174,6 +174,8 @@ cdef inline void map_put(pool_t *pool, region_id r, int64_t index, uint64_t entr
     cdef region_t *region = &pool.regions[r]
     cdef int64_t pages = <int64_t>region.pages
     cdef int before = break_at(map, index, pages) + break_at(map, index + 1, pages), after
+    # Before the entry: who finds the map plain has it so.
+    store32(&region.is_plain, 0)
     store64(&map[index], entry)
     failpoint_visit(pool.header, FP_MAP_PUT)
     after = break_at(map, index, pages) + break_at(map, index + 1, pages)

@@ -219,18 +219,25 @@ cdef inline int map_begin(pool_t *pool, region_id r, uint64_t place) noexcept no
     if rc == 0:
         for i in range(region.pages):
             store64(&pool.map_entries[place + i], (region.base + i) | holes)
+        store32(&region.is_plain, not holes)
         map_set(pool, r, place)
     return rc
 
 
-cdef inline uint64_t plain_run(const uint64_t *map, uint64_t index, uint64_t end, uint64_t entry) noexcept nogil:
-    """How many entries go on from an index's, page id by page id, with nothing else said of them; 1 to RUN_PAGES."""
-    cdef uint64_t n = 1
-    if entry & ~PAGE_MASK:
-        return 1
+cdef inline uint64_t plain_run(pool_t *pool, region_id r, uint64_t index) noexcept nogil:
+    """How many entries go on from an index's, page id by page id, with nothing else said of them; 1 to RUN_PAGES.
+
+    Nobody changes the map: the region's gate is shut, or it has ended.  A plain one need not be read.
+    """
+    cdef uint64_t *map = pool.maps[r]
+    cdef uint64_t n = 1, end = pool.regions[r].pages
     if end > index + RUN_PAGES:
         end = index + RUN_PAGES
-    while index + n < end and map[index + n] == entry + n:
+    if load32(&pool.regions[r].is_plain):
+        return end - index
+    if map[index] & ~PAGE_MASK:
+        return 1
+    while index + n < end and map[index + n] == map[index] + n:
         n += 1
     return n
 
@@ -249,7 +256,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
         return rc
     while i < pages:
         page = region_page(pool, share.source, <int64_t>i)
-        n = 1 if pinned else plain_run(pool.maps[share.source], i, pages, page)
+        n = 1 if pinned else plain_run(pool, share.source, i)
         if n > 1:
             for k in range(n):
                 map[i + k] = page + k
@@ -284,6 +291,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
                 page_forget(pool, region.object, map[i])
         return rc
     pool.regions[share.clone].breaks = breaks
+    store32(&pool.regions[share.clone].is_plain, not breaks and not pool.objects[region.object].is_sparse)
     map_set(pool, share.clone, share.clone_map)
     return 0
 
@@ -296,7 +304,7 @@ cdef inline bint region_unshare(pool_t *pool, object_id o, region_id r) noexcept
     if map == NULL:
         return False
     while i < pages:
-        n = plain_run(map, i, pages, map[i])
+        n = plain_run(pool, r, i)
         if not is_hole(map[i]):
             last |= pages_drop(pool, o, map[i] & PAGE_MASK, n)
         i += n

@@ -270,7 +270,7 @@ cdef struct region_t:
     uint32_t breaks             # neighbours whose page ids are not: each begins another mapping
     uint64_t map                # where its map begins in the table of maps; NO_EXTENT: base + index
     uint32_t promise            # PROMISE_*
-    uint32_t pad
+    uint32_t is_plain           # its map goes on page id by page id, and no entry of it was ever changed
 
 cdef struct worker_t:
     uint64_t word               # as a region's

@@ -258,7 +258,7 @@ cdef inline uint32_t region_run(
     if not life_hold(&pool.regions[r].word, generation):
         return 0
     page[0] = region_page(pool, r, index) & PAGE_MASK
-    if not load32(&pool.regions[r].breaks):
+    if load32(&pool.regions[r].is_plain):
         n = <uint32_t>most
     while n < most and (region_page(pool, r, index + n) & PAGE_MASK) == page[0] + n:
         n += 1

@@ -303,6 +303,7 @@ cdef inline void region_refer(pool_t *pool, region_id r) noexcept nogil:
         if pool.maps[r] != NULL:
             breaks += break_at(pool.maps[r], <int64_t>i, <int64_t>region.pages)
     region.breaks = breaks
+    store32(&region.is_plain, 0)
 
 
 cdef inline uint64_t references_count(pool_t *pool, object_id o) noexcept nogil:
