@@ -151,10 +151,11 @@ cdef inline bint page_take(
 cdef inline void pages_share(pool_t *pool, object_id o, page_id first, uint64_t count) noexcept nogil:
     """A reference more for each of consecutive pages; the gate of the region that has one is shut (R10)."""
     cdef family_t *family = &pool.families[o]
-    cdef page_id page
+    cdef uint32_t *counts = &pool.references[first]
+    cdef uint64_t i
     mutex_lock(&family.lock)
-    for page in range(first, first + count):
-        store32_release(&pool.references[page], load32(&pool.references[page]) + 1)
+    for i in range(count):
+        store32_release(&counts[i], load32(&counts[i]) + 1)
         failpoint_visit(pool.header, FP_PAGE_SHARED)
     mutex_unlock(&family.lock)
 
@@ -179,18 +180,19 @@ cdef inline bint pages_drop(pool_t *pool, object_id o, page_id first, uint64_t c
     """Give up a reference to each of consecutive pages; True when one was its page's last: there is something to sweep.
     """
     cdef family_t *family = &pool.families[o]
-    cdef page_id page
+    cdef uint32_t *counts = &pool.references[first]
     cdef uint32_t before
+    cdef uint64_t i
     cdef bint last = False
     mutex_lock(&family.lock)
-    for page in range(first, first + count):
-        before = load32(&pool.references[page])
+    for i in range(count):
+        before = load32(&counts[i])
         if before == 0:
-            panic("pages_drop: no reference", page, o, 0)
-        store32_release(&pool.references[page], before - 1)
+            panic("pages_drop: no reference", first + i, o, 0)
+        store32_release(&counts[i], before - 1)
         failpoint_visit(pool.header, FP_PAGE_DROPPED)
         if before == 1:
-            page_gone(pool, o, page)
+            page_gone(pool, o, first + i)
             last = True
     mutex_unlock(&family.lock)
     return last
