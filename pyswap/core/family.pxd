@@ -156,8 +156,8 @@ cdef inline void pages_share(pool_t *pool, object_id o, page_id first, uint64_t 
     mutex_lock(&family.lock)
     for i in range(count):
         store32_release(&counts[i], load32(&counts[i]) + 1)
-        failpoint_visit(pool.header, FP_PAGE_SHARED)
     mutex_unlock(&family.lock)
+    failpoint_visit(pool.header, FP_PAGE_SHARED)
 
 
 cdef inline void family_look_again(pool_t *pool, object_id o) noexcept nogil:
@@ -190,11 +190,11 @@ cdef inline bint pages_drop(pool_t *pool, object_id o, page_id first, uint64_t c
         if before == 0:
             panic("pages_drop: no reference", first + i, o, 0)
         store32_release(&counts[i], before - 1)
-        failpoint_visit(pool.header, FP_PAGE_DROPPED)
         if before == 1:
             page_gone(pool, o, first + i)
             last = True
     mutex_unlock(&family.lock)
+    failpoint_visit(pool.header, FP_PAGE_DROPPED)
     return last
 
 
