@@ -18,7 +18,7 @@ CHANGES = {
     "a frame's pins": r"\bframe\.pins (?:[-+]?=)",
     "a page table entry": r"\b(?:cas|or|and|swap|store)64\(&pool\.pages\[",
     "a slot": r"\b(?:cas|or|and|swap|store)64\(&pool\.slots\[[^\]]*\]\.word",
-    "a reference": r"\b(?:cas|add|store)32\(&pool\.references\[",
+    "a reference": r"\b(?:cas32|add32|store32|store32_release)\(&(?:pool\.references|counts)\[",
     "a map": r"\bstore64\(&(?:map\[|pool\.map_entries\[|pool\.regions\[r\]\.map\b)",
 }
 # A frame's state and dirty bit change in here, for setters that have a failpoint each.
