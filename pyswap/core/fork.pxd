@@ -78,7 +78,7 @@ cdef extern from *:
 
 cdef enum:
     PROTECT_RANGES = 64
-    RUN_PAGES = 65536           # counted in one hold of the family's lock, which sharers' copies wait for
+    RUN_PAGES = 4096            # counted in one hold of the family's lock, which sharers' copies wait for
     FEW_PAGES = 8               # so many times fewer than the frames that would be looked at instead
     EARLY_COPY_WAIT_NS = 1_000_000_000
 
@@ -224,20 +224,21 @@ cdef inline int map_begin(pool_t *pool, region_id r, uint64_t place) noexcept no
     return rc
 
 
-cdef inline uint64_t plain_run(pool_t *pool, region_id r, uint64_t index) noexcept nogil:
+cdef inline uint64_t plain_run(pool_t *pool, region_id r, uint64_t index, uint64_t entry) noexcept nogil:
     """How many entries go on from an index's, page id by page id, with nothing else said of them; 1 to RUN_PAGES.
 
-    Nobody changes the map: the region's gate is shut, or it has ended.  A plain one need not be read.
+    The region's gate is shut, or it has ended: only an entry that says more changes meanwhile, when a copy is settled.
+    So the caller's look at the first one counts.  A plain map need not be read.
     """
     cdef uint64_t *map = pool.maps[r]
     cdef uint64_t n = 1, end = pool.regions[r].pages
+    if entry & ~PAGE_MASK:
+        return 1
     if end > index + RUN_PAGES:
         end = index + RUN_PAGES
     if load32(&pool.regions[r].is_plain):
         return end - index
-    if map[index] & ~PAGE_MASK:
-        return 1
-    while index + n < end and map[index + n] == map[index] + n:
+    while index + n < end and map[index + n] == entry + n:
         n += 1
     return n
 
@@ -256,7 +257,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
         return rc
     while i < pages:
         page = region_page(pool, share.source, <int64_t>i)
-        n = 1 if pinned else plain_run(pool, share.source, i)
+        n = 1 if pinned else plain_run(pool, share.source, i, page)
         if n > 1:
             for k in range(n):
                 map[i + k] = page + k
@@ -304,7 +305,7 @@ cdef inline bint region_unshare(pool_t *pool, object_id o, region_id r) noexcept
     if map == NULL:
         return False
     while i < pages:
-        n = plain_run(pool, r, i)
+        n = plain_run(pool, r, i, map[i])
         if not is_hole(map[i]):
             last |= pages_drop(pool, o, map[i] & PAGE_MASK, n)
         i += n
