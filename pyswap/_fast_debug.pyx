@@ -54,16 +54,15 @@ def failpoint_state(Control control, int which):
 
 
 def page_record(Control control, uint64_t page):
-    """What the tables say of a resident page: (dirty, its slot or None, its references)."""
+    """What the tables say of a resident page: (dirty, its slot or None)."""
     cdef uint64_t *pages = <uint64_t *>(control.base + control.header.offset_pages)
-    cdef uint32_t *references = <uint32_t *>(control.base + control.header.offset_references)
     cdef uint64_t pte = load64(&pages[page])
     cdef frame_t *frame
     if not pte_is_frame(pte):
         raise ValueError(f"page {page} is in no frame")
     frame = &(<frame_t *>(control.base + control.header.offset_frames))[pte_frame(pte)]
     slot = None if frame.slot == SLOT_NONE else frame.slot
-    return bool(frame_has(frame, DIRTY)), slot, load32(&references[page])
+    return bool(frame_has(frame, DIRTY)), slot
 
 
 # System calls that a test has fail, counted in a file that all processes of a run have in common.

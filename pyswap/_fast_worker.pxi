@@ -427,6 +427,10 @@ cdef class Control:
         mappers = sum(int(load64(&frames[f].mappers[i])).bit_count() for i in range(4))
         return f, STATE_NAMES[word_state(load64(&frames[f].word))], waiting, mappers
 
+    def references(self, uint64_t page):
+        """How many regions refer to a page id of an array that was forked, for tests."""
+        return load32(&(<uint32_t *>(self.base + self.header.offset_references))[page])
+
     def slot(self, uint64_t page):
         """The slot of a page id that is in swap only, for tests: (number, checksum), or None."""
         cdef uint64_t *pages = <uint64_t *>(self.base + self.header.offset_pages)

@@ -90,6 +90,12 @@ def mappers_of(pool: Any, page: Any) -> int:
     return frame[3] if frame else 0
 
 
+def references_of(pool: Any, page: Any) -> int:
+    """Count the regions that refer to a page of an array that was forked, as above."""
+    number = page if isinstance(page, int) else page_id(pool, page)
+    return int(pool._control().references(number))
+
+
 def wait_for_waiters(pool: Any, page: int, count: int = 1) -> None:
     """Return once the faults of so many workers wait for a page."""
     until(lambda: waiting_for(pool, page) == count, f"{count} workers wait for page {page}")

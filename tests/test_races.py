@@ -140,10 +140,10 @@ def test_is_a_page_that_is_clean_in_its_slot_at_every_instant(pool: Any) -> None
             actors(1, hands, hands.quiet) as (evictor,),
             Failpoint(pool, "frame_clean", "park") as point,
         ):
-            _, before, _ = native.page_record(pool._control(), page)
+            _, before = native.page_record(pool._control(), page)
             evictor.tell(("pageout",))
             point.wait_parked()
-            dirty, slot, _ = native.page_record(pool._control(), page)
+            dirty, slot = native.page_record(pool._control(), page)
             assert not dirty
             assert slot is not None
             assert slot != before
