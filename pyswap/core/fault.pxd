@@ -141,10 +141,10 @@ cdef inline void fault_map(
         if region.advice != ADVICE_RANDOM:
             rest = map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
         if fault.way.gap:
-            map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
+            map_rows(pool, r, region, index, &fault.way, fault.write)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
         if rc == 0 and rest:
-            map_onward(pool, &fault.want, r, region, index, rest, fault.write)
+            map_onward(pool, r, region, index, rest, fault.write)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
         engine_wake(pool, r, generation, index)

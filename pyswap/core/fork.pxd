@@ -231,11 +231,9 @@ cdef inline uint64_t plain_run(pool_t *pool, region_id r, uint64_t index, uint64
     So the caller's look at the first one counts.  A plain map need not be read.
     """
     cdef uint64_t *map = pool.maps[r]
-    cdef uint64_t n = 1, end = pool.regions[r].pages
+    cdef uint64_t n = 1, end = min(pool.regions[r].pages, index + <uint64_t>RUN_PAGES)
     if entry & ~PAGE_MASK:
         return 1
-    if end > index + RUN_PAGES:
-        end = index + RUN_PAGES
     if load32(&pool.regions[r].is_plain):
         return end - index
     while index + n < end and map[index + n] == entry + n:

@@ -173,7 +173,7 @@ cdef inline bint is_mapped_there(pool_t *pool, region_id r, page_id page) noexce
 
 
 cdef inline int64_t map_resident(
-    pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, int64_t end, bint write
 ) noexcept nogil:
     """Map resident neighbours from index on, in runs of one protection, until one is not to be had.
 
@@ -184,12 +184,13 @@ cdef inline int64_t map_resident(
     cdef frame_id f = 0
     cdef bint writable, run_writable
     cdef int64_t first = index, begin
+    cdef page_id page = region_page(pool, r, first) & PAGE_MASK
     while index < end:
         begin = index
         n = 0
         run_writable = False
         while n < 256 and index < end and neighbour_lock(
-            pool, r, index, want.page + (index - first), False, write, &f
+            pool, r, index, page + (index - first), False, write, &f
         ):
             writable = maps_writable(pool, &pool.frames[f], write)
             if n and writable != run_writable:
@@ -203,7 +204,7 @@ cdef inline int64_t map_resident(
             map_run(pool, r, generation, begin, run, n, write)
         for i in range(n):
             page_unlock(pool, &pool.frames[run[i]])
-        while index < end and is_mapped_there(pool, r, want.page + (index - first)):
+        while index < end and is_mapped_there(pool, r, page + (index - first)):
             index += 1
         if index == begin:
             break
@@ -219,7 +220,7 @@ cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, 
 
 
 cdef inline void map_rows(
-    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, way_t *way, bint write
+    pool_t *pool, region_id r, region_t *region, int64_t index, way_t *way, bint write
 ) noexcept nogil:
     """Map what readahead has brought for a stream that leaves pages out: a call for each row, but no fault.
 
@@ -227,14 +228,11 @@ cdef inline void map_rows(
     """
     cdef uint32_t generation = life_generation(&region.word), _
     cdef int64_t row = way.row, end
-    cdef wanted_t near = want[0]
     index += 1
     for _ in range(<uint32_t>MAPPED_ROWS):
         end = row_end(pool, row, way.width, <int64_t>region.pages)
-        if index < end:
-            near.page = region_page(pool, r, index) & PAGE_MASK
-            if map_resident(pool, &near, r, generation, index, end, write) != end:
-                return
+        if index < end and map_resident(pool, r, generation, index, end, write) != end:
+            return
         row += way.gap
         index = row >> pool.page_shift
         if index < 0 or index >= <int64_t>region.pages:
@@ -290,15 +288,15 @@ cdef inline int64_t map_around(
             page_unlock(pool, &pool.frames[zeroed[i]])
         return 0
     if stride != 1 or limit <= NEAR_PAGES or has_company(pool):
-        map_resident(pool, &near, r, generation, first, first + limit, write)
+        map_resident(pool, r, generation, first, first + limit, write)
         return 0
-    if map_resident(pool, &near, r, generation, first, first + NEAR_PAGES, write) < first + NEAR_PAGES:
+    if map_resident(pool, r, generation, first, first + NEAR_PAGES, write) < first + NEAR_PAGES:
         return 0
     return first + NEAR_PAGES
 
 
 cdef inline void map_onward(
-    pool_t *pool, wanted_t *want, region_id r, region_t *region, int64_t index, int64_t begin, bint write
+    pool_t *pool, region_id r, region_t *region, int64_t index, int64_t begin, bint write
 ) noexcept nogil:
     """Map the rest of what is resident behind a stream's fault at an index, while its thread is on the way there.
 
@@ -307,12 +305,10 @@ cdef inline void map_onward(
     """
     cdef int64_t end = min(index + 1 + <int64_t>pool.header.around_pages, <int64_t>region.pages)
     cdef uint32_t generation = life_generation(&region.word)
-    cdef wanted_t near = want[0]
     failpoint_visit(pool.header, FP_MAP_ONWARD)
     if not life_hold(&pool.regions[r].word, generation):
         return
-    near.page = region_page(pool, r, begin) & PAGE_MASK
-    map_resident(pool, &near, r, generation, begin, end, write)
+    map_resident(pool, r, generation, begin, end, write)
     life_drop(&pool.regions[r].word)
 
 
