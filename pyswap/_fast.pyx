@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memset, strncpy
 from posix.stdlib cimport posix_memalign
 
 from pyswap.core cimport layout
-from pyswap.core.ahead cimport ahead_serve
+from pyswap.core.ahead cimport ahead_serve, cluster_pages
 from pyswap.core.checksum cimport checksum_of
 from pyswap.core.context cimport (
     attached_t,
@@ -26,7 +26,7 @@ from pyswap.core.copy cimport copies_end, copies_wait, copy_answered
 from pyswap.core.drain cimport area_next_used, page_leave_area
 from pyswap.core.evict cimport pages_cool, pages_evict, pages_sweep
 from pyswap.core.family cimport commit_give, commit_take, family_of, object_commits
-from pyswap.core.fault cimport fault_resolve, fault_t, page_pin, page_unpin
+from pyswap.core.fault cimport fault_resolve, fault_t
 from pyswap.core.fork cimport (
     family_extend,
     family_sweep,
@@ -104,6 +104,7 @@ from pyswap.core.lock cimport (
 from pyswap.core.mapping cimport mapper_end
 from pyswap.core.order cimport answer_take, unread_text
 from pyswap.core.page cimport wanted_t
+from pyswap.core.pin cimport page_pin, page_unpin
 from pyswap.core.readahead cimport request_begin, request_put, request_take
 from pyswap.core.reclaim cimport reclaim_loop, write_ahead_loop
 from pyswap.core.resize cimport frame_retire, frames_add
@@ -1177,7 +1178,7 @@ cdef void beat_loop(pool_t *pool, uint32_t period_ms, uint64_t stuck_ns) noexcep
 
 
 cdef void fault_loop(pool_t *pool) noexcept nogil:
-    cdef uint8_t *buffer = make_buffer(pool.page_bytes)
+    cdef uint8_t *buffer = make_buffer(pool.page_bytes * cluster_pages(pool))
     cdef uint64_t data = 0, address = 0, flags = 0
     cdef uint32_t w, generation, me = add32(&pool.fault_threads, 1)
     cdef int uffd, n
@@ -1206,7 +1207,7 @@ cdef void fault_loop(pool_t *pool) noexcept nogil:
 
 
 cdef void starved_loop(pool_t *pool) noexcept nogil:
-    cdef uint8_t *buffer = make_buffer(pool.page_bytes)
+    cdef uint8_t *buffer = make_buffer(pool.page_bytes * cluster_pages(pool))
     cdef starved_t fault
     cdef uint32_t sequence
     while not load32(&pool.stop):

@@ -313,6 +313,58 @@ def test_is_a_page_pinned_that_is_shared_when_its_copy_is_there(tight: pyswap.Po
         assert tight.stats().pinned_pages == 0
 
 
+@pytest.mark.failpoint
+def test_is_one_page_copied_where_there_is_no_memory_for_a_run(tight: pyswap.Pool) -> None:
+    a = made(tight, 64)
+    with workers(a, 1) as (child,):
+        # A stream, whose next fault would have a dozen copied.
+        set_pages(a, 0, 8, -1)
+        before = tight.stats()
+        with Failpoint(tight, "fallocate", "errno", error=errno.ENOSPC) as point:
+            set_page(a, before.cow_copies, -1)
+            assert point.hits == 1
+        now = tight.stats()
+        assert before.cow_copies > 8
+        assert now.cow_copies == before.cow_copies + 1
+        assert now.committed_bytes == before.committed_bytes + 4096
+        set_pages(a, 0, 64, -2)
+        assert tight.stats().cow_copies == 64
+        assert first_words(a) == [-2] * 64
+        assert child.ask(first_words) == list(range(1, 65))
+    until(lambda: tight.stats().offline_frames == 0, "the frames are tried again")
+
+
+@pytest.mark.core
+def test_are_pages_copied_by_the_dozen_when_memory_is_short() -> None:
+    """Four children overtake readahead and reclaim: page by page, a copy is four wake-ups."""
+    frames = 1024
+    with pyswap.Pool(frames * 4096, "64 MiB", page_size=4096) as pool:
+        a = made(pool, 2 * frames)
+        pool.advise(a, "pageout")
+        before = pool.stats()
+        with workers(a, 4) as children:
+            for rank, child in enumerate(children):
+                child.send(fill_half, rank)
+            for rank, child in enumerate(children):
+                child.answer()
+                first = rank * frames // 4
+                assert child.ask(first_words)[first : first + frames] == [-rank] * frames
+        now = pool.stats()
+        assert first_words(a) == list(range(1, 2 * frames + 1))
+    copies, remaps = now.cow_copies - before.cow_copies, now.cow_remaps - before.cow_remaps
+    print(f"{copies} copies in {remaps} runs, {now.frame_waits} waits for frames")
+    assert copies >= 4 * frames
+    assert now.evictions - before.evictions >= 4 * frames
+    assert copies / remaps >= 12
+
+
+def fill_half(a: Any, rank: int) -> None:
+    half = len(a) // 2
+    first = rank * half // 4
+    for start in range(first, first + half, 64 * WORDS):
+        a[start : start + 64 * WORDS] = -rank
+
+
 def pin_and_set(inherited: Any, pages: int) -> list[int]:
     pool, a = inherited
     with pool.pin(a[: pages * WORDS], writable=True):

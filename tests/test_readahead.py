@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -361,18 +362,42 @@ def test_do_pages_arrive_while_their_reader_does_nothing(
         assert pool.stats().readahead_hits > 0
 
 
-@pytest.mark.failpoint
-def test_does_readahead_that_was_asked_for_bring_back_what_is_paged_out(
-    swapped_out: Callable[[int], tuple[Any, Any]],
-) -> None:
-    """Requests that wait behind others at a pageout are void."""
-    pool, a = swapped_out(FRAMES)
+@contextlib.contextmanager
+def busy_readahead(pool: Any) -> Iterator[Any]:
+    """Park every readahead thread at a page of an array, which is given; its page 40 is out."""
     b = pool.ones((64, 512), np.int64)
     pool.advise(b, "pageout")
     with Failpoint(pool, "fill_locked", "park", limit=config.READAHEAD_THREADS) as point:
         for first in range(config.READAHEAD_THREADS):
             pool.advise(b[8 * first], "willneed")
         point.wait_parked(config.READAHEAD_THREADS)
+        yield b
+
+
+@pytest.mark.failpoint
+@pytest.mark.parametrize("step", [1, -1])
+def test_does_a_stream_bring_its_next_pages_itself_where_readahead_is_late(
+    swapped_out: Callable[[int], tuple[Any, Any]], step: int
+) -> None:
+    pool, a = swapped_out(FRAMES)
+    with busy_readahead(pool):
+        before = pool.stats().slot_reads
+        major, faults, ahead = scan(pool, a, range(512)[::step])
+        # Four pages with the third, twelve with the seventh, then 32 each time.
+        assert major <= 24
+        assert faults == major
+        # The last one may bring some pages more, where the stream goes up.
+        assert 512 <= major + ahead < 544
+        assert pool.stats().slot_reads == before + major + ahead
+
+
+@pytest.mark.failpoint
+def test_does_readahead_that_was_asked_for_bring_back_what_is_paged_out(
+    swapped_out: Callable[[int], tuple[Any, Any]],
+) -> None:
+    """Requests that wait behind others at a pageout are void."""
+    pool, a = swapped_out(FRAMES)
+    with busy_readahead(pool) as b:
         pool.advise(a[:512], "willneed")
         pool.advise(a, "pageout")
         pool.advise(b[40], "willneed")

@@ -54,12 +54,12 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("2, a worker's part in a takeover", ("core.election",)),
     ("2, steps that several paths share", ("core.page", "core.victim")),
     ("2, steps made of those", ("core.clean", "core.mapping")),
-    ("2, ranges of pages", ("core.evict",)),
+    ("2, ranges of pages, and readahead carried out", ("core.ahead", "core.evict")),
+    ("2, the bytes of copies", ("core.run",)),
     ("2, copies on write", ("core.copy",)),
     (
         "2, paths: verbs over several tables",
         (
-            "core.ahead",
             "core.attendant",
             "core.drain",
             "core.fault",
@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "core.takeover",
         ),
     ),
+    ("2, faults that stay", ("core.pin",)),
     (
         "3, words of the Python side",
         (

@@ -13,23 +13,26 @@ from pyswap.core.layout cimport (
     C_READAHEAD_PAGES,
     C_SLOT_READS,
     FRAME_NONE,
+    NO_EXTENT,
     SLOT_NONE,
     frame_id,
     frame_t,
     object_id,
     page_id,
+    region_id,
     slot_id,
 )
 from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
 from pyswap.core.mapping cimport gather_zero
 from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_slot, pte_read, pte_slot
-from pyswap.core.readahead cimport absolute, row_end, stream_fell_short
+from pyswap.core.readahead cimport absolute, request_begin, row_end, stream_fell_short, way_t
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, life_is, region_lookup, region_page
 from pyswap.core.store cimport store_punch, store_write
 
 cdef enum:
     READ_OVER_BYTES = 1 << 15   # between pages of one read: a read of its own costs as much as some more
+    CLUSTER_BYTES = 1 << 17     # read by a fault of a stream itself, where its readahead has not begun
 
 cdef struct rest_t:             # what is left of a request
     int64_t position            # where its next row begins, in bytes
@@ -146,8 +149,13 @@ cdef inline uint32_t ahead_store(
     return i
 
 
-cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, uint8_t *buffer) noexcept nogil:
-    """One read for them all, then every page that is as it was written present and unlocked."""
+cdef inline void ahead_fill(
+    pool_t *pool, frame_id *frames, uint32_t n, page_id asked, uint8_t *buffer
+) noexcept nogil:
+    """One read for them all, then every page that is as it was written present and unlocked.
+
+    `asked` is one that a fault waits for, and so is not read ahead; or NO_EXTENT.
+    """
     cdef frame_t *low = &pool.frames[frames[0]]
     cdef frame_t *high = &pool.frames[frames[n - 1]]
     cdef frame_t *frame
@@ -174,9 +182,10 @@ cdef inline void ahead_fill(pool_t *pool, frame_id *frames, uint32_t n, uint8_t 
             ahead_undo(pool, frames[i], offline)
             continue
         # Counted before anybody can find it there, who would look in the numbers for it.
-        count(pool, C_READAHEAD_PAGES, 1)
+        if frame.page != asked:
+            count(pool, C_READAHEAD_PAGES, 1)
         frame_set_present(pool, frame)
-        frame_mark(frame, AHEAD | REFERENCED)
+        frame_mark(frame, REFERENCED if frame.page == asked else AHEAD | REFERENCED)
         page_unlock(pool, frame)
 
 
@@ -198,11 +207,24 @@ cdef inline void ahead_zero(pool_t *pool, request_t *request) noexcept nogil:
     life_drop(&pool.regions[request.region].word)
 
 
+cdef inline bint rest_begin(pool_t *pool, request_t *request, rest_t *rest) noexcept nogil:
+    """What is to be read of a request; False: nothing."""
+    cdef int64_t end, room
+    rest.position = request.first
+    rest.taken = 0
+    rest.pages = <int64_t>pool.objects[request.object].pages
+    end = rest.pages << pool.page_shift
+    if rest.position < 0 or rest.position >= end:
+        return False
+    room = (end - 1 - rest.position) // request.stride if request.stride > 0 else rest.position // -request.stride
+    rest.steps = min(<int64_t>request.count, room + 1)
+    return True
+
+
 cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) noexcept nogil:
     """Carry out one readahead request, as far as frames are free (R4)."""
     cdef frame_id frames[256]
     cdef uint32_t n
-    cdef int64_t end, room
     cdef rest_t rest
     cdef bint short_of = False
     if not life_is(&pool.objects[request.object].word, request.generation):
@@ -211,18 +233,43 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) 
         if load32(&pool.epochs[request.object]) == request.epoch:
             ahead_zero(pool, request)
         return
-    rest.position = request.first
-    rest.taken = 0
-    rest.pages = <int64_t>pool.objects[request.object].pages
-    end = rest.pages << pool.page_shift
-    if rest.position < 0 or rest.position >= end:
+    if not rest_begin(pool, request, &rest):
         return
-    room = (end - 1 - rest.position) // request.stride if request.stride > 0 else rest.position // -request.stride
-    rest.steps = min(<int64_t>request.count, room + 1)
     while rest.steps and not short_of and load32(&pool.epochs[request.object]) == request.epoch:
         n = ahead_claim(pool, request, &rest, frames, &short_of)
         if n:
             failpoint_visit(pool.header, FP_FILL_LOCKED)
-            ahead_fill(pool, frames, n, buffer)
+            ahead_fill(pool, frames, n, NO_EXTENT, buffer)
     if short_of:
         stream_fell_short(pool, request, rest.position)
+
+
+cdef inline uint32_t cluster_pages(pool_t *pool) noexcept nogil:
+    return max(<uint32_t>(CLUSTER_BYTES >> pool.page_shift), <uint32_t>1)
+
+
+cdef inline bint cluster_read(
+    pool_t *pool, region_id r, uint32_t generation, int64_t index, page_id page, way_t *way, uint8_t *buffer
+) noexcept nogil:
+    """A stream's fault has overtaken its readahead: bring its page, and what follows, in one read.
+
+    False: nothing was brought; the page is there, or on its way, or no frame is to spare.
+    """
+    cdef request_t request
+    cdef rest_t rest
+    cdef frame_id frames[32]
+    cdef bint short_of = False
+    cdef uint32_t n
+    if not is_out(pool, pool.regions[r].object, pte_read(pool, page)):
+        return False
+    request_begin(pool, &request, r, generation, way.direction * <int64_t>pool.page_bytes)
+    request.first = index << pool.page_shift
+    request.count = min(way.window, cluster_pages(pool))
+    if not rest_begin(pool, &request, &rest):
+        return False
+    n = ahead_claim(pool, &request, &rest, frames, &short_of)
+    if n == 0:
+        return False
+    failpoint_visit(pool.header, FP_FILL_LOCKED)
+    ahead_fill(pool, frames, n, page, buffer)
+    return True

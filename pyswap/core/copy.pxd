@@ -2,7 +2,7 @@
 
     1 copy_start    page id, frame and bytes; the map names the copy, COPYING; the attendant has its order
     2 attendant     maps the run in its process, registers it, answers
-    3 copy_settle   COPYING ends, the copy is mapped writable and its writer woken, the old reference is given up
+    3 run_settle    COPYING ends, the copy is mapped writable and its writer woken, the old reference is given up
 
 Who may interleave, and what stops it:
  - a fault at an index that is COPYING: the address maps the old page yet, or is out of sight: it is left alone, and
@@ -18,30 +18,12 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport engine_remap, engine_wake, page_unlock
 from pyswap.core.evict cimport pages_sweep
-from pyswap.core.family cimport (
-    commit_give,
-    commit_take,
-    family_look_again,
-    page_drop,
-    page_is_shared,
-    page_take,
-)
-from pyswap.core.frame cimport (
-    frame_claim,
-    frame_pin,
-    frame_set_dirty,
-    frame_set_present,
-    frame_sleep,
-    frame_trylock,
-    frame_unpin,
-)
+from pyswap.core.family cimport family_look_again, page_drop, page_is_shared
+from pyswap.core.frame cimport frame_pin, frame_sleep, frame_trylock, frame_unpin
 from pyswap.core.layout cimport (
-    C_COW_COPIES,
     C_COW_REMAPS,
     C_POISONED,
-    FRAME_NONE,
     MAX_COPIES,
-    NO_EXTENT,
     copy_t,
     frame_id,
     frame_t,
@@ -68,11 +50,9 @@ from pyswap.core.lock cimport (
     store64,
 )
 from pyswap.core.mapping cimport add_mapper, frame_used, map_run
-from pyswap.core.page cimport STARVED, fill_install, fill_undo, frame_give_back, memory_ask
-from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
+from pyswap.core.pagetable cimport pte_frame, pte_read
 from pyswap.core.region cimport (
     COPYING,
-    PAGE_MASK,
     break_at,
     gate_enter,
     gate_leave,
@@ -81,11 +61,10 @@ from pyswap.core.region cimport (
     life_hold,
     region_page,
 )
-from pyswap.core.store cimport store_punch, store_write
+from pyswap.core.run cimport run_copy, run_t, run_unlock
 
 cdef extern from *:
     int EAGAIN
-    int ENOSPC
     int ESRCH
 
 # A copy's word: the state in bits 0-1, once ordered the worker in bits 2-9, a generation in bits 32-63.
@@ -95,14 +74,6 @@ cdef enum:
     COPY_ORDERED = 2
     COPY_ENDING = 3
     COPY_STATES = 3
-
-# A run of copies under way: old and new frames, all locked; the first old one is the caller's.
-cdef struct run_t:
-    uint32_t count
-    frame_id old[64]
-    frame_id new[64]
-    page_id page
-
 
 cdef inline copy_t *copy_claim(pool_t *pool) noexcept nogil:
     """A free record, or NULL where every one waits for an attendant."""
@@ -138,36 +109,6 @@ cdef inline void copy_recover(copy_t *c, uint32_t pending) noexcept nogil:
     store64(&c.word, word | COPY_ORDERED | <uint64_t>c.worker << 2 if pending else word)
 
 
-cdef inline int copy_make(
-    pool_t *pool, object_id o, uint32_t generation, int64_t index, page_id source, page_id wanted, frame_id g,
-    page_id *made
-) noexcept nogil:
-    """Copy a locked page into a claimed frame, which is present, dirty and locked then; else it is given back.
-
-    -ENOSPC: frames and swap hold no more pages.  -EAGAIN: no page id is free, or no memory for the frame.
-    """
-    if not commit_take(pool, 1):
-        frame_give_back(pool, g)
-        return -ENOSPC
-    if not page_take(pool, o, index, wanted, made):
-        commit_give(pool, 1)
-        frame_give_back(pool, g)
-        return -EAGAIN
-    if not fill_install(pool, g, made[0], <uint64_t>index, o, generation, PTE_EMPTY):
-        page_drop(pool, o, made[0])
-        return -EAGAIN
-    if store_write(pool, made[0], 1, pool.store + (source << pool.page_shift)) != 0:
-        store_punch(pool, made[0], 1)
-        fill_undo(pool, g, True)
-        memory_ask(pool)
-        page_drop(pool, o, made[0])
-        return -EAGAIN
-    frame_set_present(pool, &pool.frames[g])
-    frame_set_dirty(pool, &pool.frames[g])
-    count(pool, C_COW_COPIES, 1)
-    return 0
-
-
 cdef inline void map_put(pool_t *pool, region_id r, int64_t index, uint64_t entry) noexcept nogil:
     """Change one entry of a map, and count the mappings that it takes."""
     cdef uint64_t *map = pool.maps[r]
@@ -181,86 +122,6 @@ cdef inline void map_put(pool_t *pool, region_id r, int64_t index, uint64_t entr
     after = break_at(map, index, pages) + break_at(map, index + 1, pages)
     add32(&region.breaks, <uint32_t>(after - before))
     addi64(&pool.attached[region.worker].breaks, after - before)
-
-
-cdef inline page_id page_beside(pool_t *pool, region_id r, int64_t index) noexcept nogil:
-    """The page id that would make a copy one mapping with the page before it."""
-    if index == 0:
-        return NO_EXTENT
-    return (region_page(pool, r, index - 1) & PAGE_MASK) + 1
-
-
-cdef inline bint neighbour_shared(
-    pool_t *pool, region_id r, int64_t index, frame_id *got
-) noexcept nogil:
-    """Lock a resident page that is to be copied with the one before it; a trylock, since others are held."""
-    cdef uint64_t page = region_page(pool, r, index), pte
-    cdef frame_t *frame
-    if page & COPYING or not page_is_shared(pool, pool.regions[r].object, page):
-        return False
-    pte = pte_read(pool, page)
-    if not pte_is_frame(pte):
-        return False
-    frame = &pool.frames[pte_frame(pte)]
-    if not frame_trylock(frame):
-        return False
-    if pte_read(pool, page) != pte or region_page(pool, r, index) != page:
-        page_unlock(pool, frame)
-        return False
-    got[0] = pte_frame(pte)
-    return True
-
-
-cdef inline int run_copy(
-    pool_t *pool, region_id r, int64_t index, uint32_t limit, frame_id first, frame_id *spare, run_t *run
-) noexcept nogil:
-    """Copies of a locked page and of what follows it, to consecutive page ids, as far as none must be waited for."""
-    cdef region_t *region = &pool.regions[r]
-    cdef page_id made = 0, wanted = page_beside(pool, r, index)
-    cdef frame_id g = spare[0]
-    cdef int rc
-    run.count = 0
-    if g == FRAME_NONE:
-        g = frame_claim(pool, 0)
-    spare[0] = <frame_id>FRAME_NONE
-    if g == FRAME_NONE:
-        return STARVED
-    run.old[0] = first
-    while True:
-        run.new[run.count] = g
-        rc = copy_make(pool, region.object, region.object_generation, index + run.count,
-                       pool.frames[run.old[run.count]].page, wanted, g, &made)
-        if rc == -EAGAIN and run.count == 0 and wanted != NO_EXTENT:
-            wanted = NO_EXTENT
-            g = frame_claim(pool, 0)
-            if g == FRAME_NONE:
-                return STARVED
-            continue
-        if rc != 0:
-            break
-        if run.count == 0:
-            run.page = made
-        run.count += 1
-        if run.count == limit or index + run.count >= <int64_t>region.pages:
-            return 0
-        if not neighbour_shared(pool, r, index + run.count, &run.old[run.count]):
-            return 0
-        wanted = run.page + run.count
-        g = frame_claim(pool, pool.header.low_frames)
-        if g == FRAME_NONE:
-            break
-    if run.count == 0:
-        return rc
-    page_unlock(pool, &pool.frames[run.old[run.count]])
-    return 0
-
-
-cdef inline void run_unlock(pool_t *pool, run_t *run) noexcept nogil:
-    cdef uint32_t k
-    for k in range(run.count):
-        page_unlock(pool, &pool.frames[run.new[k]])
-        if k:
-            page_unlock(pool, &pool.frames[run.old[k]])
 
 
 cdef inline void page_forget(pool_t *pool, object_id o, page_id page) noexcept nogil:
@@ -323,39 +184,62 @@ cdef inline int copy_start(
     return rc
 
 
+cdef inline frame_t *pinned_frame(pool_t *pool, page_id page) noexcept nogil:
+    return &pool.frames[pte_frame(pte_read(pool, page))]
+
+
 cdef inline frame_t *pinned_lock(pool_t *pool, page_id page) noexcept nogil:
     """Lock a pinned page: it is resident, and nobody does I/O on it, so this waits briefly.  Nothing is held."""
-    cdef frame_t *frame = &pool.frames[pte_frame(pte_read(pool, page))]
+    cdef frame_t *frame = pinned_frame(pool, page)
     while not frame_trylock(frame):
         frame_sleep(frame, load64(&frame.word), 100_000_000)
     return frame
 
 
-cdef inline void copy_settle(pool_t *pool, copy_t *c, uint32_t k, int rc) noexcept nogil:
-    """One page of an answered run; its region is held."""
+cdef inline uint32_t run_map(pool_t *pool, copy_t *c, uint32_t k, uint32_t n, frame_id *copies) noexcept nogil:
+    """Map locked copies writable, as far as no fork has shared them since; returns how many."""
     cdef region_t *region = &pool.regions[c.region]
-    cdef page_id page = c.page + k, dropped = c.old[k]
-    cdef int64_t index = c.index + k
-    cdef frame_t *frame = pinned_lock(pool, page)
-    cdef frame_id f = <frame_id>(frame - pool.frames)
-    cdef bint mapped = False
-    frame_unpin(pool, frame, True)
-    if rc != 0:
-        map_put(pool, c.region, index, dropped)
-        dropped = page
-    else:
-        map_put(pool, c.region, index, page)
-        if gate_enter(region):
-            if not page_is_shared(pool, region.object, page):
-                mapped = map_run(pool, c.region, c.generation, index, &f, 1, True) == 0
-            gate_leave(region)
-    page_unlock(pool, frame)
+    cdef uint32_t mine = 0
+    if not gate_enter(region):
+        return 0
+    while mine < n and not page_is_shared(pool, region.object, c.page + k + mine):
+        mine += 1
+    if mine and map_run(pool, c.region, c.generation, c.index + k, copies, mine, True) != 0:
+        mine = 0
+    gate_leave(region)
+    return mine
+
+
+cdef inline uint32_t run_settle(pool_t *pool, copy_t *c, uint32_t k, int rc) noexcept nogil:
+    """Pages of an answered run, from its k-th on; returns how many.  Its region is held."""
+    cdef object_id o = pool.regions[c.region].object
+    cdef frame_id copies[64]
+    cdef frame_t *frame = pinned_lock(pool, c.page + k)
+    cdef uint32_t n = 0, mapped = 0, i
+    while True:
+        copies[n] = <frame_id>(frame - pool.frames)
+        n += 1
+        if k + n == c.count:
+            break
+        frame = pinned_frame(pool, c.page + k + n)
+        if not frame_trylock(frame):
+            break
+    for i in range(n):
+        # The pin ends last: a fork that met the page unpinned, and the copy in the map yet, would share it.
+        map_put(pool, c.region, c.index + k + i, c.page + k + i if rc == 0 else c.old[k + i])
+        frame_unpin(pool, &pool.frames[copies[i]], True)
+    if rc == 0:
+        mapped = run_map(pool, c, k, n, copies)
+    for i in range(n):
+        page_unlock(pool, &pool.frames[copies[i]])
     if rc != 0 and rc != -ESRCH and k == 0:
         # The attendant has said so, and poisoned the run.
         count(pool, C_POISONED, 1)
-    if not mapped:
-        engine_wake(pool, c.region, c.generation, index)
-    page_forget(pool, region.object, dropped)
+    for i in range(n):
+        if i >= mapped:
+            engine_wake(pool, c.region, c.generation, c.index + k + i)
+        page_forget(pool, o, c.old[k + i] if rc == 0 else c.page + k + i)
+    return n
 
 
 cdef inline void copy_abandon(pool_t *pool, copy_t *c) noexcept nogil:
@@ -379,8 +263,9 @@ cdef inline void copy_answered(pool_t *pool, worker_id worker, uint64_t copy, in
         return
     failpoint_visit(pool.header, FP_COPY_ANSWERED)
     if life_hold(&pool.regions[c.region].word, c.generation):
-        for k in range(c.done, c.count):
-            copy_settle(pool, c, k, rc)
+        k = c.done
+        while k < c.count:
+            k += run_settle(pool, c, k, rc)
         life_drop(&pool.regions[c.region].word)
     else:
         copy_abandon(pool, c)

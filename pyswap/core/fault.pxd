@@ -1,4 +1,4 @@
-"""The life of a fault: from an address to a mapped page; and pins, which are faults that stay.
+"""The life of a fault: from an address to a mapped page.
 
     1 find the region and the page   2 feed readahead   3 page_acquire   4 map it, and neighbours, or have it copied
     5 unlock
@@ -12,6 +12,7 @@ Who may interleave, and what stops it:
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from pyswap.core.ahead cimport cluster_read
 from pyswap.core.area cimport area_failing
 from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport count, mappings_short, pool_t, starved_t
@@ -30,18 +31,11 @@ from pyswap.core.layout cimport (
     MAX_COPY_PAGES,
     area_t,
     frame_id,
-    frame_t,
     region_id,
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport (
-    FP_MAP_BEFORE,
-    failpoint_visit,
-    futex_wait,
-    load32,
-    now_ns,
-)
+from pyswap.core.lock cimport FP_MAP_BEFORE, failpoint_visit, load32, now_ns
 from pyswap.core.mapping cimport frame_used, map_around, map_onward, map_rows, map_run, unprotect_around
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
@@ -216,73 +210,6 @@ cdef inline outcome private_map(pool_t *pool, fault_t *fault, frame_id f, bint p
     return result
 
 
-cdef inline int shared_pin(pool_t *pool, fault_t *fault, frame_id f) noexcept nogil:
-    cdef frame_t *frame = &pool.frames[f]
-    cdef int rc
-    frame_pin(pool, frame, fault.write)
-    rc = map_run(pool, fault.r, fault.generation, fault.index, &f, 1, fault.write)
-    if rc != 0:
-        frame_unpin(pool, frame, fault.write)
-    return rc
-
-
-cdef inline int pin_until_done(pool_t *pool, fault_t *fault) noexcept nogil:
-    """Try until the page is pinned, or the deadline; a copy that it needs first comes from the attendant."""
-    cdef frame_id f = 0
-    cdef outcome result = AGAIN
-    cdef uint32_t sequence
-    cdef int rc = 0
-    while result != DONE:
-        sequence = load32(&pool.copied_sequence)
-        if not region_lookup(pool, fault.r, fault.generation, fault.index, &fault.want.page):
-            return -ESRCH
-        rc = STALE if fault.want.page & COPYING else page_acquire(pool, &fault.want, &f)
-        if rc < 0:
-            return rc
-        if rc == ACQUIRED:
-            if fault.region.is_private:
-                result = private_map(pool, fault, f, True, &rc)
-            else:
-                rc = shared_pin(pool, fault, f)
-                result = DONE
-            page_unlock(pool, &pool.frames[f])
-        if rc < 0 and rc != -EAGAIN:
-            return rc
-        if result != DONE:
-            spare_give_back(pool, &fault.want)
-        if result == NO_FRAME:
-            fault.want.spare = frame_claim_wait(pool, fault.want.deadline_ns)
-        elif result != DONE:
-            futex_wait(&pool.copied_sequence, sequence, 1_000_000)
-        if result != DONE and now_ns() > fault.want.deadline_ns:
-            return -ENOMEM
-    return rc
-
-
-cdef inline int page_pin(pool_t *pool, fault_t *fault) noexcept nogil:
-    """Make a page resident, mapped and pinned; a private one is this region's own first (R11).
-
-    fault has the region, index, write and want, which sleeps.  -errno with nothing pinned.
-    """
-    cdef int rc
-    fault.way.direction = 0
-    fault.way.gap = 0
-    rc = pin_until_done(pool, fault)
-    spare_give_back(pool, &fault.want)
-    return rc
-
-
-cdef inline int page_unpin(pool_t *pool, wanted_t *want, bint write) noexcept nogil:
-    """A pinned page is resident, so this waits for its lock at most."""
-    cdef frame_id f = 0
-    cdef int rc = page_acquire(pool, want, &f)
-    if rc != 0:
-        return rc
-    frame_unpin(pool, &pool.frames[f], write)
-    page_unlock(pool, &pool.frames[f])
-    return 0
-
-
 cdef inline void wake_unknown(pool_t *pool, worker_id worker, uint64_t address) noexcept nogil:
     """A fault at an address of no region: it was one when the fault began."""
     if life_hold(&pool.workers[worker].word, life_generation(&pool.workers[worker].word)):
@@ -325,8 +252,15 @@ cdef inline bint fault_starved(pool_t *pool, fault_t *fault) noexcept nogil:
     return not fault.want.patient and starved_put(pool, &starved)
 
 
+cdef inline bint makes_pages(pool_t *pool, fault_t *fault) noexcept nogil:
+    """Whether a fault is the first touch of a page, or has it copied: in a stream, the next ones with it."""
+    if fault.region.is_private and fault.write and page_is_shared(pool, fault.want.object, fault.want.page):
+        return True
+    return pte_read(pool, fault.want.page) == PTE_EMPTY and not has_file(pool, fault.want.object)
+
+
 cdef inline bint fault_defer(pool_t *pool, fault_t *fault) noexcept nogil:
-    """Whether a fault is left to a patient thread: a stream of first touches takes frames by the dozen.
+    """Whether a fault is left to a patient thread: a stream of pages that are made takes frames by the dozen.
 
     Where few are left it would fault for every page; so it is served when there are some, or after a moment.
     """
@@ -336,7 +270,7 @@ cdef inline bint fault_defer(pool_t *pool, fault_t *fault) noexcept nogil:
         enough = pool.header.low_frames
     if fault.way.direction == 0 or load32(&pool.free_count) > enough:
         return False
-    if pte_read(pool, fault.want.page) != PTE_EMPTY or has_file(pool, fault.want.object):
+    if not makes_pages(pool, fault):
         return False
     if not fault.want.patient:
         return fault_starved(pool, fault)
@@ -371,10 +305,15 @@ cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept no
     """One try at a fault whose page is known."""
     cdef frame_id f = 0
     cdef outcome result = DONE
+    cdef bint clustered = False
     if fault.write and not fault.gathered and mappings_short(pool, fault.worker):
         fault_gather(pool, fault)
     if fault_defer(pool, fault):
         return DONE
+    if fault.way.direction:
+        clustered = cluster_read(
+            pool, fault.r, fault.generation, fault.index, fault.want.page, &fault.way, fault.want.buffer
+        )
     rc[0] = page_acquire(pool, &fault.want, &f)
     if rc[0] == STARVED and not fault_starved(pool, fault):
         fault.want.patient = True
@@ -387,7 +326,7 @@ cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept no
     # Counted before the thread goes on, so that it finds its own faults in the numbers.
     count(
         pool,
-        C_WRITE_FAULTS if fault.protected else C_MAJOR_FAULTS if fault.want.read else C_MINOR_FAULTS,
+        C_WRITE_FAULTS if fault.protected else C_MAJOR_FAULTS if fault.want.read or clustered else C_MINOR_FAULTS,
         1,
     )
     if fault.want.filled and not fault.want.read:

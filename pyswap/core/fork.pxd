@@ -16,7 +16,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
 
 from pyswap.core.context cimport pool_t
-from pyswap.core.copy cimport copy_make, page_forget
+from pyswap.core.copy cimport page_forget
 from pyswap.core.engine cimport engine_protect, page_unlock
 from pyswap.core.evict cimport pages_sweep
 from pyswap.core.family cimport family_look_again, family_of, pages_drop, pages_share
@@ -71,6 +71,7 @@ from pyswap.core.region cimport (
     life_generation,
     region_page,
 )
+from pyswap.core.run cimport copies_fill, copy_install
 
 cdef extern from *:
     int EAGAIN
@@ -168,7 +169,7 @@ cdef inline int page_copy_early(
 ) noexcept nogil:
     """A pinned page's copy for the clone, made while its owner may go on writing."""
     cdef uint64_t deadline = now_ns() + EARLY_COPY_WAIT_NS
-    cdef frame_id g = frame_claim_wait(pool, deadline)
+    cdef frame_id g = frame_claim_wait(pool, deadline), source = 0
     cdef frame_t *frame
     cdef page_id made = 0
     cdef uint64_t pte, word
@@ -181,7 +182,8 @@ cdef inline int page_copy_early(
             # The copy that it was did not come about: the map has the page before it again.
             frame_give_back(pool, g)
             return -EAGAIN
-        frame = &pool.frames[pte_frame(pte)]
+        source = pte_frame(pte)
+        frame = &pool.frames[source]
         word = load64(&frame.word)
         if not frame_trylock(frame):
             frame_sleep(frame, word, 100_000_000)
@@ -189,7 +191,9 @@ cdef inline int page_copy_early(
             break
         else:
             page_unlock(pool, frame)
-    rc = copy_make(pool, region.object, region.object_generation, index, page, NO_EXTENT, g, &made)
+    rc = copy_install(pool, region.object, region.object_generation, index, NO_EXTENT, g, &made)
+    if rc == 0 and copies_fill(pool, region.object, 1, &source, &g) == 0:
+        rc = -EAGAIN
     page_unlock(pool, frame)
     if rc == 0:
         page_unlock(pool, &pool.frames[g])

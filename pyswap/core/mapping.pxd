@@ -39,7 +39,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
-from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
+from pyswap.core.readahead cimport around_limit, in_memory, row_end, way_t, zeros_ahead
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
@@ -219,6 +219,14 @@ cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, 
     return n
 
 
+cdef inline uint32_t resident_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
+    """How many pages right before an index are in memory."""
+    cdef uint32_t n = 0
+    while n < limit and <int64_t>n < index and in_memory(pool, r, index - 1 - n):
+        n += 1
+    return n
+
+
 cdef inline void map_rows(
     pool_t *pool, region_id r, region_t *region, int64_t index, way_t *way, bint write
 ) noexcept nogil:
@@ -256,23 +264,18 @@ cdef inline int64_t map_around(
     """
     cdef uint32_t generation = life_generation(&region.word)
     cdef frame_id zeroed[256]
-    cdef uint32_t limit = around_limit(pool, r, stride), n, i
+    cdef uint32_t limit = around_limit(pool, r, stride), n = 0, i
     cdef int64_t first = index + 1
     cdef wanted_t near = want[0]
     if stride < 0:
+        # Copies go down from the end, too, where that suits their addresses.
+        n = untouched_before(pool, r, index, limit)
+        limit = n if n else resident_before(pool, r, index, limit)
         first = index - limit
-        if first < 0:
-            limit = <uint32_t>index
-            first = 0
     if first + limit > <int64_t>region.pages:
         limit = <uint32_t>(<int64_t>region.pages - first)
     if limit == 0:
         return 0
-    # Copies go down from the end, too, where that suits their addresses.
-    n = untouched_before(pool, r, index, limit) if stride == -1 else 0
-    if n:
-        first = index - n
-        limit = n
     near.page = region_page(pool, r, first) & PAGE_MASK
     near.index = <uint64_t>first
     if stride == 1 and not has_file(pool, near.object):

@@ -97,7 +97,7 @@ cdef struct wanted_t:
     bint sleeps                 # sleep for the lock instead (not in a fault thread)
     bint patient                # wait for a free frame
     frame_id spare              # claimed already, by who waited for one to copy the page; or FRAME_NONE
-    uint8_t *buffer             # of a page, aligned for O_DIRECT: this thread's own
+    uint8_t *buffer             # of a page or, in a fault, a cluster; aligned for O_DIRECT: this thread's own
     bint filled                 # out: it was not resident
     bint read                   # out: and came from a slot, or the object's file
     int error                   # out: the errno for which its slot could not be read, with -EIO; else 0

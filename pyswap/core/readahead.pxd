@@ -37,6 +37,7 @@ cdef enum:
 
 cdef struct way_t:              # where a fault belongs: the stream that it continues
     int64_t direction           # 1 or -1 where that goes from page to page; else 0
+    uint32_t window             # how many steps ahead of the fault are worth reading
     int64_t gap                 # its stride, in bytes, where it leaves pages out; else 0
     int64_t row                 # only then: where the fault's row begins, in bytes,
     int64_t width               # and how far behind that it is touched
@@ -337,6 +338,7 @@ cdef inline void detector_feed(
     cdef detector_t *d = pool.detectors[r]
     cdef stream_t *s
     way.direction = 0
+    way.window = 0
     way.gap = 0
     if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
         return
@@ -352,6 +354,7 @@ cdef inline void detector_feed(
             way.gap = s.stride
             way.width = s.width
         stream_ask(pool, r, generation, d, s, s.last)
+        way.window = s.window
     life_drop(&pool.regions[r].word)
     mutex_unlock(&d.lock)
 

@@ -19,15 +19,19 @@ cdef inline int store_allocate(pool_t *pool, page_id page, uint32_t pages) noexc
     return file_allocate(pool.store_fd, page << pool.page_shift, <uint64_t>pages << pool.page_shift)
 
 
-cdef inline int store_write(pool_t *pool, page_id page, uint32_t pages, uint8_t *buffer) noexcept nogil:
-    """Memory for pages and their bytes in one call, and no page is zeroed first."""
-    cdef iovec v
+cdef inline int store_write_from(pool_t *pool, page_id page, iovec *pieces, int count) noexcept nogil:
+    """Memory for pages and their bytes in one call, and no page is zeroed first.  Consumes the pieces."""
     cdef int rc = failpoint_visit(pool.header, FP_FALLOCATE)
     if rc != 0:
         return rc
+    return file_transfer(True, pool.store_fd, pieces, count, page << pool.page_shift)
+
+
+cdef inline int store_write(pool_t *pool, page_id page, uint32_t pages, uint8_t *buffer) noexcept nogil:
+    cdef iovec v
     v.iov_base = buffer
     v.iov_len = <uint64_t>pages << pool.page_shift
-    return file_transfer(True, pool.store_fd, &v, 1, page << pool.page_shift)
+    return store_write_from(pool, page, &v, 1)
 
 
 cdef inline void store_punch(pool_t *pool, page_id page, uint32_t pages) noexcept nogil:

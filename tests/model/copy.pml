@@ -5,7 +5,7 @@ inline pinned_lock(p) {
     d_step { IS_FRAME(pte[p]) && !locked[FRAME_OF(pte[p])] -> f = FRAME_OF(pte[p]); locked[f] = 1 }
 }
 
-/* copy_answered(): copy_settle() or copy_abandon(). */
+/* copy_answered(): run_settle() or copy_abandon(). */
 proctype settle(byte me) {
     byte w, p, f, name, bits, at, k;
     bit mapped, got;
@@ -26,14 +26,14 @@ end:
         d_step { got = region[w]; p = map[AT(w, 0)]; if :: got -> users[w]++ :: else fi }
         };
         TOGETHER {
-        /* frame_unpin(), which a fork may see before the map changes. */
         pinned_lock(p);
-        pinned[f] = 0
+        if :: got -> copying[w] = 0 :: else fi
         };
         TOGETHER {
+        /* frame_unpin(), before which a fork may see that the map has changed. */
+        pinned[f] = 0;
         if
         :: got ->
-            copying[w] = 0;
             d_step { got = !shut[w]; if :: got -> gate[w]++ :: else fi };
             if
             :: got ->
