@@ -25,7 +25,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
 from pyswap.core.mapping cimport gather_zero
 from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read, wanted_t
-from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_slot, pte_read, pte_slot
+from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_frame, pte_is_slot, pte_read, pte_slot
 from pyswap.core.readahead cimport absolute, request_begin, row_end, stream_fell_short, way_t
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, life_is, region_lookup, region_page
 from pyswap.core.store cimport store_punch, store_write
@@ -253,7 +253,7 @@ cdef inline bint cluster_read(
 ) noexcept nogil:
     """A stream's fault has overtaken its readahead: bring its page, and what follows, in one read.
 
-    False: nothing was brought; the page is there, or on its way, or no frame is to spare.
+    False: it has not come so; it is there, or on its way, no frame is to spare, or it could not be read.
     """
     cdef request_t request
     cdef rest_t rest
@@ -272,4 +272,4 @@ cdef inline bint cluster_read(
         return False
     failpoint_visit(pool.header, FP_FILL_LOCKED)
     ahead_fill(pool, frames, n, page, buffer)
-    return True
+    return pte_is_frame(pte_read(pool, page))

@@ -268,7 +268,8 @@ cdef inline bint fault_defer(pool_t *pool, fault_t *fault) noexcept nogil:
     # More are not to be had before reclaim has begun.
     if enough > pool.header.low_frames:
         enough = pool.header.low_frames
-    if fault.way.direction == 0 or load32(&pool.free_count) > enough:
+    # One that was given a frame for its copy waits for no more.
+    if fault.way.direction == 0 or load32(&pool.free_count) > enough or fault.want.spare != FRAME_NONE:
         return False
     if not makes_pages(pool, fault):
         return False
@@ -305,13 +306,13 @@ cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept no
     """One try at a fault whose page is known."""
     cdef frame_id f = 0
     cdef outcome result = DONE
-    cdef bint clustered = False
+    cdef bint read = False
     if fault.write and not fault.gathered and mappings_short(pool, fault.worker):
         fault_gather(pool, fault)
     if fault_defer(pool, fault):
         return DONE
     if fault.way.direction:
-        clustered = cluster_read(
+        read = cluster_read(
             pool, fault.r, fault.generation, fault.index, fault.want.page, &fault.way, fault.want.buffer
         )
     rc[0] = page_acquire(pool, &fault.want, &f)
@@ -323,10 +324,13 @@ cdef inline outcome fault_try(pool_t *pool, fault_t *fault, int *rc) noexcept no
     if rc[0] != ACQUIRED:
         rc[0] = 0 if rc[0] > 0 else rc[0]
         return DONE
+    if read:
+        fault.want.filled = True
+        fault.want.read = True
     # Counted before the thread goes on, so that it finds its own faults in the numbers.
     count(
         pool,
-        C_WRITE_FAULTS if fault.protected else C_MAJOR_FAULTS if fault.want.read or clustered else C_MINOR_FAULTS,
+        C_WRITE_FAULTS if fault.protected else C_MAJOR_FAULTS if fault.want.read else C_MINOR_FAULTS,
         1,
     )
     if fault.want.filled and not fault.want.read:

@@ -17,22 +17,13 @@ from libc.stdlib cimport free, malloc, qsort
 
 from pyswap.core.context cimport pool_t
 from pyswap.core.copy cimport page_forget
-from pyswap.core.engine cimport engine_protect, page_unlock
+from pyswap.core.engine cimport engine_protect
 from pyswap.core.evict cimport pages_sweep
-from pyswap.core.family cimport family_look_again, family_of, pages_drop, pages_share
-from pyswap.core.frame cimport (
-    WRITABLE,
-    frame_claim_wait,
-    frame_flags,
-    frame_has,
-    frame_sleep,
-    frame_trylock,
-    word_generation,
-)
+from pyswap.core.family cimport family_look_again, pages_drop, pages_share
+from pyswap.core.frame cimport WRITABLE, frame_flags, frame_has, word_generation
 from pyswap.core.groups cimport GROUP_FRAMES, group_end, group_note, group_take, group_words, groups_count
 from pyswap.core.kernel cimport file_allocate
 from pyswap.core.layout cimport (
-    FRAME_NONE,
     MAX_BATCH_PAGES,
     NO_EXTENT,
     family_t,
@@ -54,12 +45,11 @@ from pyswap.core.lock cimport (
     loadi64,
     mutex_lock,
     mutex_unlock,
-    now_ns,
     store32,
     store64,
 )
 from pyswap.core.mapping cimport is_mapper
-from pyswap.core.page cimport frame_give_back, page_is_pinned
+from pyswap.core.page cimport page_is_pinned
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport (
     HOLE,
@@ -71,17 +61,15 @@ from pyswap.core.region cimport (
     life_generation,
     region_page,
 )
-from pyswap.core.run cimport copies_fill, copy_install
+from pyswap.core.run cimport page_copy_early
 
 cdef extern from *:
-    int EAGAIN
     int ENOMEM
 
 cdef enum:
     PROTECT_RANGES = 64
     RUN_PAGES = 4096            # counted in one hold of the family's lock, which sharers' copies wait for
     FEW_PAGES = 8               # so many times fewer than the frames that would be looked at instead
-    EARLY_COPY_WAIT_NS = 1_000_000_000
 
 cdef struct share_t:            # a region, and the one that shares its pages from here on
     region_id source
@@ -164,43 +152,6 @@ cdef inline page_id family_trim(pool_t *pool, object_id o) noexcept nogil:
     return base
 
 
-cdef inline int page_copy_early(
-    pool_t *pool, region_t *region, int64_t index, page_id page, uint64_t *copy
-) noexcept nogil:
-    """A pinned page's copy for the clone, made while its owner may go on writing."""
-    cdef uint64_t deadline = now_ns() + EARLY_COPY_WAIT_NS
-    cdef frame_id g = frame_claim_wait(pool, deadline), source = 0
-    cdef frame_t *frame
-    cdef page_id made = 0
-    cdef uint64_t pte, word
-    cdef int rc
-    if g == FRAME_NONE:
-        return -ENOMEM
-    while True:
-        pte = pte_read(pool, page)
-        if not pte_is_frame(pte):
-            # The copy that it was did not come about: the map has the page before it again.
-            frame_give_back(pool, g)
-            return -EAGAIN
-        source = pte_frame(pte)
-        frame = &pool.frames[source]
-        word = load64(&frame.word)
-        if not frame_trylock(frame):
-            frame_sleep(frame, word, 100_000_000)
-        elif pte_read(pool, page) == pte:
-            break
-        else:
-            page_unlock(pool, frame)
-    rc = copy_install(pool, region.object, region.object_generation, index, NO_EXTENT, g, &made)
-    if rc == 0 and copies_fill(pool, region.object, 1, &source, &g) == 0:
-        rc = -EAGAIN
-    page_unlock(pool, frame)
-    if rc == 0:
-        page_unlock(pool, &pool.frames[g])
-        copy[0] = made
-    return rc
-
-
 cdef inline int map_allocate(pool_t *pool, uint64_t place, uint64_t pages) noexcept nogil:
     return file_allocate(pool.control_fd, pool.header.offset_maps + place * 8, pages * 8)
 
@@ -274,7 +225,7 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
         page &= PAGE_MASK
         map[i] = page
         if pinned and page_is_pinned(pool, page):
-            rc = page_copy_early(pool, region, <int64_t>i, page, &map[i])
+            rc = page_copy_early(pool, share.source, <int64_t>i, page, &map[i])
             if rc != 0 and (
                 region_page(pool, share.source, <int64_t>i) & PAGE_MASK != page or not page_is_pinned(pool, page)
             ):
@@ -283,6 +234,9 @@ cdef inline int map_share(pool_t *pool, share_t *share) noexcept nogil:
                 continue
             if rc != 0:
                 break
+        elif pinned and region_page(pool, share.source, <int64_t>i) & PAGE_MASK != page:
+            # A copy that could not be mapped: the map had the page before it again when the pin ended.
+            continue
         else:
             pages_share(pool, region.object, page, 1)
         breaks += break_at(map, <int64_t>i, <int64_t>pages)

@@ -29,7 +29,8 @@ Rules, cited by number in the code:
      FILLING.
  R10 A page of a private object with more than one reference is mapped writable nowhere.  A reference is added only
      with the gate of the region that is copied shut; a region's map entry changes only under the lock of the
-     frame that it named, with the gate entered.  Or with the gate shut, of addresses that are out of use: they come
+     frame that it named, with the gate entered, which an entry that is COPYING needs not: a fork looks at it again
+     when it has found no pin.  Or with the gate shut, of addresses that are out of use: they come
      into use when nobody who had the frame locked is left (a move).
  R11 A pinned page is never shared: fork copies it early.  What a worker's attendant is about to map is pinned until
      it says so, since the mapping is out of the userfaultfd's sight meanwhile.

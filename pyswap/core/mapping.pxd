@@ -14,6 +14,7 @@ from pyswap.core.frame cimport (
     AHEAD,
     COLD,
     DIRTY,
+    LOCKED,
     REFERENCED,
     frame_claim,
     frame_has,
@@ -39,7 +40,7 @@ from pyswap.core.layout cimport (
 from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
-from pyswap.core.readahead cimport around_limit, in_memory, row_end, way_t, zeros_ahead
+from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
@@ -220,9 +221,14 @@ cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, 
 
 
 cdef inline uint32_t resident_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
-    """How many pages right before an index are in memory."""
+    """How many pages right before an index are in memory, and not locked, under page ids that follow each other."""
     cdef uint32_t n = 0
-    while n < limit and <int64_t>n < index and in_memory(pool, r, index - 1 - n):
+    cdef page_id last = region_page(pool, r, index - 1) & PAGE_MASK if index else 0
+    cdef uint64_t pte
+    while n < limit and <int64_t>n < index and region_page(pool, r, index - 1 - n) & PAGE_MASK == last - n:
+        pte = pte_read(pool, last - n)
+        if not pte_is_frame(pte) or frame_has(&pool.frames[pte_frame(pte)], LOCKED):
+            break
         n += 1
     return n
 

@@ -106,7 +106,7 @@ cdef struct wanted_t:
 
 
 cdef inline bint page_is_pinned(pool_t *pool, page_id page) noexcept nogil:
-    """Exact for a page whose region's gate is shut: pins are taken inside."""
+    """For a page whose region's gate is shut: a pin may end meanwhile, and none begins."""
     cdef uint64_t pte = pte_read(pool, page)
     return pte_is_frame(pte) and pool.frames[pte_frame(pte)].pins != 0 and pool.frames[pte_frame(pte)].page == page
 

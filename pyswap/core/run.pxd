@@ -4,13 +4,21 @@
     2 copies_fill   the bytes, written to the store in one call
 
 The old page that is asked for is locked by the caller; those behind it are taken by trylock, since others are held.
+A page that is pinned is copied alone, for a fork.
 """
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport count, pool_t
 from pyswap.core.engine cimport page_unlock
 from pyswap.core.family cimport commit_give, commit_take, page_drop, page_is_shared, page_take
-from pyswap.core.frame cimport frame_claim, frame_set_dirty, frame_set_present, frame_trylock
+from pyswap.core.frame cimport (
+    frame_claim,
+    frame_claim_wait,
+    frame_set_dirty,
+    frame_set_present,
+    frame_sleep,
+    frame_trylock,
+)
 from pyswap.core.kernel cimport iovec
 from pyswap.core.layout cimport (
     C_COW_COPIES,
@@ -23,6 +31,7 @@ from pyswap.core.layout cimport (
     region_id,
     region_t,
 )
+from pyswap.core.lock cimport load64, now_ns
 from pyswap.core.page cimport STARVED, fill_install, fill_undo, frame_give_back, memory_ask
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_frame, pte_is_frame, pte_read
 from pyswap.core.region cimport COPYING, PAGE_MASK, region_page
@@ -30,7 +39,11 @@ from pyswap.core.store cimport store_punch, store_unmap, store_write_from
 
 cdef extern from *:
     int EAGAIN
+    int ENOMEM
     int ENOSPC
+
+cdef enum:
+    EARLY_COPY_WAIT_NS = 1_000_000_000
 
 # A run of copies under way: old and new frames, all locked; the first old one is the caller's.
 cdef struct run_t:
@@ -60,12 +73,21 @@ cdef inline int copy_install(
     return 0
 
 
-cdef inline void copy_undo(pool_t *pool, object_id o, frame_id g) noexcept nogil:
-    """There was no memory for a copy's bytes."""
+cdef inline void copy_undo(pool_t *pool, object_id o, frame_id g, bint offline) noexcept nogil:
     cdef page_id page = pool.frames[g].page
     store_punch(pool, page, 1)
-    fill_undo(pool, g, True)
+    fill_undo(pool, g, offline)
     page_drop(pool, o, page)
+
+
+cdef inline int bytes_copy(pool_t *pool, uint32_t n, frame_id *old, page_id first) noexcept nogil:
+    """Write the bytes of locked pages to the store, where consecutive pages begin with the first."""
+    cdef iovec pieces[64]
+    cdef uint32_t k
+    for k in range(n):
+        pieces[k].iov_base = pool.store + (pool.frames[old[k]].page << pool.page_shift)
+        pieces[k].iov_len = pool.page_bytes
+    return store_write_from(pool, first, pieces, <int>n)
 
 
 cdef inline uint32_t copies_fill(
@@ -75,26 +97,63 @@ cdef inline uint32_t copies_fill(
 
     Returns how many copies are there, present, dirty and locked: all, or where memory is short the first, or none.
     """
-    cdef iovec pieces[64]
     cdef page_id first = pool.frames[new[0]].page
-    cdef uint32_t k
-    while n:
-        for k in range(n):
-            pieces[k].iov_base = pool.store + (pool.frames[old[k]].page << pool.page_shift)
-            pieces[k].iov_len = pool.page_bytes
-        if store_write_from(pool, first, pieces, <int>n) == 0:
-            break
+    cdef uint32_t k, fewer
+    while n and bytes_copy(pool, n, old, first) != 0:
         memory_ask(pool)
-        for k in range(1 if n > 1 else 0, n):
-            copy_undo(pool, o, new[k])
-        n = 1 if n > 1 else 0
-    if n and pool.frames[old[n - 1]].page == pool.frames[old[0]].page + (n - 1):
+        fewer = 1 if n > 1 else 0
+        for k in range(fewer, n):
+            # One has no memory, as far as is known.
+            copy_undo(pool, o, new[k], k == fewer)
+        n = fewer
+    if n > 1 and pool.frames[old[n - 1]].page == pool.frames[old[0]].page + (n - 1):
         store_unmap(pool, pool.frames[old[0]].page, n)
     for k in range(n):
         frame_set_present(pool, &pool.frames[new[k]])
         frame_set_dirty(pool, &pool.frames[new[k]])
     count(pool, C_COW_COPIES, n)
     return n
+
+
+cdef inline int page_copy_early(
+    pool_t *pool, region_id r, int64_t index, page_id page, uint64_t *copy
+) noexcept nogil:
+    """A pinned page's copy for the clone, made while its owner may go on writing.
+
+    -EAGAIN: the copy that it was did not come about, and the map has the page before it again.
+    """
+    cdef region_t *region = &pool.regions[r]
+    cdef uint64_t deadline = now_ns() + EARLY_COPY_WAIT_NS
+    cdef frame_id g = frame_claim_wait(pool, deadline), source = 0
+    cdef frame_t *frame
+    cdef page_id made = 0
+    cdef uint64_t pte, word
+    cdef int rc
+    if g == FRAME_NONE:
+        return -ENOMEM
+    while True:
+        pte = pte_read(pool, page)
+        # The page id may be another region's by then.
+        if not pte_is_frame(pte) or region_page(pool, r, index) & PAGE_MASK != page:
+            frame_give_back(pool, g)
+            return -EAGAIN
+        source = pte_frame(pte)
+        frame = &pool.frames[source]
+        word = load64(&frame.word)
+        if not frame_trylock(frame):
+            frame_sleep(frame, word, 100_000_000)
+        elif pte_read(pool, page) == pte and region_page(pool, r, index) & PAGE_MASK == page:
+            break
+        else:
+            page_unlock(pool, frame)
+    rc = copy_install(pool, region.object, region.object_generation, index, NO_EXTENT, g, &made)
+    if rc == 0 and copies_fill(pool, region.object, 1, &source, &g) == 0:
+        rc = -EAGAIN
+    page_unlock(pool, frame)
+    if rc == 0:
+        page_unlock(pool, &pool.frames[g])
+        copy[0] = made
+    return rc
 
 
 cdef inline page_id page_beside(pool_t *pool, region_id r, int64_t index) noexcept nogil:
@@ -118,7 +177,10 @@ cdef inline bint neighbour_shared(
     frame = &pool.frames[pte_frame(pte)]
     if not frame_trylock(frame):
         return False
-    if pte_read(pool, page) != pte or region_page(pool, r, index) != page:
+    # Not shared any more: it may be mapped writable, or pinned, since.
+    if pte_read(pool, page) != pte or region_page(pool, r, index) != page or not page_is_shared(
+        pool, pool.regions[r].object, page
+    ):
         page_unlock(pool, frame)
         return False
     got[0] = pte_frame(pte)
