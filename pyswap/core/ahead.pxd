@@ -1,5 +1,7 @@
 """Readahead requests carried out, as far as frames are free (R4): runs of neighbouring slots, or of a file's pages.
 
+A stream's fault that comes before its request is carried out reads such a run itself.
+
 A page that arrives is resident, unmapped, and marked AHEAD until somebody asks for it.  Pages that nobody has touched
 get zeros, if that is what the request is for.
 """
@@ -163,6 +165,7 @@ cdef inline void ahead_fill(
     cdef uint32_t i, stored = 0
     cdef bint offline = False
     cdef int rc
+    failpoint_visit(pool.header, FP_FILL_LOCKED)
     if low.page > high.page:
         low, high = high, low
     first = low.page
@@ -238,7 +241,6 @@ cdef inline void ahead_serve(pool_t *pool, request_t *request, uint8_t *buffer) 
     while rest.steps and not short_of and load32(&pool.epochs[request.object]) == request.epoch:
         n = ahead_claim(pool, request, &rest, frames, &short_of)
         if n:
-            failpoint_visit(pool.header, FP_FILL_LOCKED)
             ahead_fill(pool, frames, n, NO_EXTENT, buffer)
     if short_of:
         stream_fell_short(pool, request, rest.position)
@@ -270,6 +272,5 @@ cdef inline bint cluster_read(
     n = ahead_claim(pool, &request, &rest, frames, &short_of)
     if n == 0:
         return False
-    failpoint_visit(pool.header, FP_FILL_LOCKED)
     ahead_fill(pool, frames, n, page, buffer)
     return pte_is_frame(pte_read(pool, page))

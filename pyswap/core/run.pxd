@@ -169,7 +169,7 @@ cdef inline bint neighbour_shared(
     """Lock a resident page that is to be copied with the one before it; a trylock, since others are held."""
     cdef uint64_t page = region_page(pool, r, index), pte
     cdef frame_t *frame
-    if page & COPYING or not page_is_shared(pool, pool.regions[r].object, page):
+    if page & COPYING:
         return False
     pte = pte_read(pool, page)
     if not pte_is_frame(pte):
@@ -177,7 +177,7 @@ cdef inline bint neighbour_shared(
     frame = &pool.frames[pte_frame(pte)]
     if not frame_trylock(frame):
         return False
-    # Not shared any more: it may be mapped writable, or pinned, since.
+    # Asked under the lock: one that is not shared any more may have been mapped writable, or pinned.
     if pte_read(pool, page) != pte or region_page(pool, r, index) != page or not page_is_shared(
         pool, pool.regions[r].object, page
     ):
