@@ -30,7 +30,7 @@ from pyswap.core.attendant cimport (
     thread_start,
 )
 from pyswap.core.election cimport close_fd, fd_close, fd_note, heir_forget, pyswap_heir
-from pyswap.core.frame cimport word_resident, word_state
+from pyswap.core.frame cimport LOCKED, word_resident, word_state
 from pyswap.core.kernel cimport uffd_open
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_is_slot, pte_slot
 
@@ -415,17 +415,18 @@ cdef class Control:
                           and word_resident(load64(&frames[pte_frame(pte)].word)))
 
     def frame(self, uint64_t page):
-        """The frame of a page id for tests: (number, state, waiting workers, mappers), or None."""
+        """The frame of a page id for tests: (number, state, waiting workers, mappers, is locked), or None."""
         cdef uint64_t *pages = <uint64_t *>(self.base + self.header.offset_pages)
         cdef frame_t *frames = <frame_t *>(self.base + self.header.offset_frames)
-        cdef uint64_t pte = load64(&pages[page])
+        cdef uint64_t pte = load64(&pages[page]), word
         cdef uint32_t f
         if not pte_is_frame(pte):
             return None
         f = pte_frame(pte)
         waiting = sum(int(load64(&frames[f].waiters[i])).bit_count() for i in range(4))
         mappers = sum(int(load64(&frames[f].mappers[i])).bit_count() for i in range(4))
-        return f, STATE_NAMES[word_state(load64(&frames[f].word))], waiting, mappers
+        word = load64(&frames[f].word)
+        return f, STATE_NAMES[word_state(word)], waiting, mappers, word & LOCKED != 0
 
     def references(self, uint64_t page):
         """How many regions refer to a page id of an array that was forked, for tests."""

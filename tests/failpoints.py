@@ -66,9 +66,9 @@ def page_id(pool: Any, a: Any) -> int:
 # is held at a failpoint.
 
 
-def _frame(pool: Any, page: Any) -> tuple[int, str, int, int] | None:
+def _frame(pool: Any, page: Any) -> tuple[int, str, int, int, bool] | None:
     number = page if isinstance(page, int) else page_id(pool, page)
-    found: tuple[int, str, int, int] | None = pool._control().frame(number)
+    found: tuple[int, str, int, int, bool] | None = pool._control().frame(number)
     return found
 
 
@@ -88,6 +88,12 @@ def mappers_of(pool: Any, page: Any) -> int:
     """Count the workers that a page's frame has as mappers. For a view: its first page."""
     frame = _frame(pool, page)
     return frame[3] if frame else 0
+
+
+def is_locked(pool: Any, page: Any) -> bool:
+    """Whether a page's frame is locked: that of a fault is until its neighbours are mapped."""
+    frame = _frame(pool, page)
+    return frame is not None and frame[4]
 
 
 def references_of(pool: Any, page: Any) -> int:
