@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from failpoints import actors, is_locked, mappers_of, page_id
 from workers import until
 
 import pyswap
@@ -55,6 +56,27 @@ def all_hot(pool: pyswap.Pool, frames: int) -> Any:
         assert a[:, 0].sum() > 0
     assert pool.stats().activations > frames * 3 // 4
     return a
+
+
+@pytest.mark.core
+def test_is_a_page_that_comes_back_mapped_for_all_who_use_its_array() -> None:
+    frames = 1024
+    with pyswap.Pool(frames * PAGE_BYTES, "64 MiB", page_size=PAGE_BYTES) as pool:
+        a = all_hot(pool, frames)
+        with actors(1, lambda page: int(a[page, 0])) as (other,):
+            assert other.ask(0) == 1
+            kept = mapped = 0
+            for page in np.random.default_rng(1).integers(1, len(a), 4096):
+                before = pool.stats().activations
+                assert a[page, 0] == page + 1
+                number = page_id(pool, a[page])
+                until(lambda n=number: not is_locked(pool, n), "it is mapped")  # type: ignore[misc]
+                if pool.stats().activations > before:
+                    kept += 1
+                    mapped += mappers_of(pool, number) == 2
+            print(f"{kept} pages came back, {mapped} of them for two processes")
+            assert kept >= 64
+            assert mapped == kept
 
 
 @pytest.mark.core

@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Actor, Failpoint, actors, page_id, state_of, wait_for_waiters
+from failpoints import (
+    Actor,
+    Failpoint,
+    actors,
+    is_locked,
+    mappers_of,
+    page_id,
+    state_of,
+    until,
+    wait_for_waiters,
+)
 
 pytestmark = pytest.mark.failpoint
 
@@ -92,3 +102,32 @@ def test_is_a_page_that_four_processes_want_read_once_into_one_frame(
     assert after.major_faults - before.major_faults == PAGES
     assert after.fill_waits - before.fill_waits >= PAGES * (WORKERS - 1)
     assert after.evictions == before.evictions
+
+
+def test_is_a_page_mapped_for_all_when_a_second_process_wants_it(pool: Any) -> None:
+    """All that have faulted in the array, that is; each would fault for it otherwise."""
+    a = swapped_out(pool)
+    page = PAGES // 2
+    number = page_id(pool, a[page])
+    with actors(
+        WORKERS, lambda page: int(a[page, -1]), lambda: pool.advise(a, "random")
+    ) as workers:
+        for far, worker in enumerate(workers[:-1]):
+            assert worker.ask(10 * far) == 10 * far + 1
+        first, second, third, _ = workers
+        assert first.ask(page) == page + 1
+        assert mappers_of(pool, number) == 1
+        assert second.ask(page) == page + 1
+        # This process wrote it.
+        until(lambda: not is_locked(pool, number), "it is mapped for the others")
+        assert mappers_of(pool, number) == 4
+        before = pool.stats()
+        assert third.ask(page) == page + 1
+        assert int(a[page, 0]) == page + 1
+        after = pool.stats()
+        assert after.minor_faults == before.minor_faults
+        assert after.major_faults == before.major_faults
+        # Evicted, it is nobody's.
+        pool.advise(a, "pageout")
+        assert third.ask(page) == page + 1
+        assert mappers_of(pool, number) == 1

@@ -36,7 +36,15 @@ from pyswap.core.layout cimport (
     worker_id,
 )
 from pyswap.core.lock cimport FP_MAP_BEFORE, failpoint_visit, load32, now_ns
-from pyswap.core.mapping cimport frame_used, map_around, map_onward, map_rows, map_run, unprotect_around
+from pyswap.core.mapping cimport (
+    frame_used,
+    map_around,
+    map_for_others,
+    map_onward,
+    map_rows,
+    map_run,
+    unprotect_around,
+)
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read
@@ -139,6 +147,9 @@ cdef inline void fault_map(
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
         if rc == 0 and rest:
             map_onward(pool, r, region, index, rest, fault.write)
+        # A stream's pages are mapped by the dozen, for each process when it comes there.
+        if rc == 0 and fault.way.direction == 0 and fault.way.gap == 0:
+            map_for_others(pool, f, fault.worker)
     if rc == -ENOENT or rc == -ESRCH or rc == -EAGAIN:
         # The mapping or its process is going away: what is left of it may fault again.
         engine_wake(pool, r, generation, index)

@@ -14,6 +14,7 @@ from pyswap.core.frame cimport (
     AHEAD,
     COLD,
     DIRTY,
+    HOT,
     LOCKED,
     REFERENCED,
     frame_claim,
@@ -29,23 +30,28 @@ from pyswap.core.groups cimport GROUP_FRAMES, group_end, group_note, group_take,
 from pyswap.core.layout cimport (
     C_READAHEAD_HITS,
     FRAME_NONE,
+    MAX_WORKERS,
     PRESENT,
+    REGION_NONE,
+    WORKER_WORDS,
     frame_id,
     frame_t,
+    object_id,
     page_id,
     region_id,
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load64, or64
+from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load32, load64, or64
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
-from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_page
+from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_copy, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef enum:
     MAPPED_ROWS = 64            # ahead of a stream that leaves pages out
+    MAPPED_OTHERS = 8           # processes that a page is mapped for at one's fault
     NEAR_PAGES = 32             # of a stream are mapped before its thread goes on: waking it takes as long as the rest
 
 
@@ -319,6 +325,43 @@ cdef inline void map_onward(
         return
     map_resident(pool, r, generation, begin, end, write)
     life_drop(&pool.regions[r].word)
+
+
+cdef inline bint is_mapped_elsewhere(frame_t *frame, worker_id worker) noexcept nogil:
+    """Whether another worker may have a locked page mapped."""
+    cdef uint64_t own
+    cdef uint32_t k
+    for k in range(<uint32_t>WORKER_WORDS):
+        own = <uint64_t>1 << (worker & 63) if k == worker >> 6 else 0
+        if load64(&frame.mappers[k]) & ~own:
+            return True
+    return False
+
+
+cdef inline void map_for_others(pool_t *pool, frame_id f, worker_id worker) noexcept nogil:
+    """A worker has mapped a locked page that is HOT, or another's too: the rest would fault for it as well.
+
+    That costs a wake-up more than mapping it for them does.  Who has not faulted in the array may never do so.
+    """
+    cdef frame_t *frame = &pool.frames[f]
+    cdef object_id o = frame.object
+    cdef worker_id w
+    cdef region_id r
+    cdef region_t region
+    cdef uint32_t generation, n = 0
+    if pool.objects[o].is_private or not (frame_has(frame, HOT) or is_mapped_elsewhere(frame, worker)):
+        return
+    for w in range(<worker_id>MAX_WORKERS):
+        r = load32(&pool.mapped[o][w])
+        if r == REGION_NONE or is_mapper(frame, w) or load64(&pool.detectors[r].time) == 0:
+            continue
+        generation = life_generation(&pool.regions[r].word)
+        if not region_copy(pool, r, generation, &region) or region.object != o or frame.index >= region.pages:
+            continue
+        map_run(pool, r, generation, <int64_t>frame.index, &f, 1, False)
+        n += 1
+        if n == MAPPED_OTHERS:
+            break
 
 
 cdef inline void unprotect_around(

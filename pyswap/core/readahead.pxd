@@ -331,22 +331,11 @@ cdef inline stream_t *stream_find(
     return s if far_takes(pool, r, s, position) else stream_replace(d, position)
 
 
-cdef inline void detector_feed(
-    pool_t *pool, region_id r, uint32_t generation, int64_t position, way_t *way
+cdef inline void way_find(
+    pool_t *pool, region_id r, uint32_t generation, detector_t *d, int64_t position, way_t *way
 ) noexcept nogil:
-    """Tell readahead of a fault, and find out whether it continues a stream that is worth following."""
-    cdef detector_t *d = pool.detectors[r]
-    cdef stream_t *s
-    way.direction = 0
-    way.window = 0
-    way.gap = 0
-    if pool.regions[r].advice == ADVICE_RANDOM or not mutex_trylock(&d.lock):
-        return
-    if not life_hold(&pool.regions[r].word, generation):
-        mutex_unlock(&d.lock)
-        return
-    d.time += 1
-    s = stream_find(pool, r, d, position, &way.row)
+    """Which stream a fault continues, if one that is worth following: what is next is asked for."""
+    cdef stream_t *s = stream_find(pool, r, d, position, &way.row)
     s.used = d.time
     if s.confirmed >= CONFIRM or (pool.regions[r].advice == ADVICE_SEQUENTIAL and s.confirmed):
         way.direction = adjacency(pool, s.stride)
@@ -355,7 +344,23 @@ cdef inline void detector_feed(
             way.width = s.width
         stream_ask(pool, r, generation, d, s, s.last)
         way.window = s.window
-    life_drop(&pool.regions[r].word)
+
+
+cdef inline void detector_feed(
+    pool_t *pool, region_id r, uint32_t generation, int64_t position, way_t *way
+) noexcept nogil:
+    """Tell readahead of a fault, and find out whether it continues a stream that is worth following."""
+    cdef detector_t *d = pool.detectors[r]
+    way.direction = 0
+    way.window = 0
+    way.gap = 0
+    if not mutex_trylock(&d.lock):
+        return
+    if life_hold(&pool.regions[r].word, generation):
+        d.time += 1
+        if pool.regions[r].advice != ADVICE_RANDOM:
+            way_find(pool, r, generation, d, position, way)
+        life_drop(&pool.regions[r].word)
     mutex_unlock(&d.lock)
 
 
