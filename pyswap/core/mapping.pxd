@@ -46,7 +46,7 @@ from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load32, loa
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
-from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_copy, region_page
+from pyswap.core.region cimport PAGE_MASK, life_drop, life_generation, life_hold, region_page
 from pyswap.core.store cimport store_allocate, store_punch
 
 cdef enum:
@@ -347,7 +347,6 @@ cdef inline void map_for_others(pool_t *pool, frame_id f, worker_id worker) noex
     cdef object_id o = frame.object
     cdef worker_id w
     cdef region_id r
-    cdef region_t region
     cdef uint32_t generation, n = 0
     if pool.objects[o].is_private or not (frame_has(frame, HOT) or is_mapped_elsewhere(frame, worker)):
         return
@@ -356,10 +355,13 @@ cdef inline void map_for_others(pool_t *pool, frame_id f, worker_id worker) noex
         if r == REGION_NONE or is_mapper(frame, w) or load64(&pool.detectors[r].time) == 0:
             continue
         generation = life_generation(&pool.regions[r].word)
-        if not region_copy(pool, r, generation, &region) or region.object != o or frame.index >= region.pages:
+        if not life_hold(&pool.regions[r].word, generation):
             continue
-        map_run(pool, r, generation, <int64_t>frame.index, &f, 1, False)
-        n += 1
+        # It may be another object's by now; while it is held its worker is there.
+        if pool.regions[r].object == o and frame.index < pool.regions[r].pages:
+            map_run(pool, r, generation, <int64_t>frame.index, &f, 1, False)
+            n += 1
+        life_drop(&pool.regions[r].word)
         if n == MAPPED_OTHERS:
             break
 
