@@ -8,7 +8,8 @@ from pyswap.core.layout cimport FAIL_OFF, FAILPOINTS, SLOT_NONE, failpoint_t
 
 # In the order of the enumeration in core/lock.pxd.
 FAILPOINT_NAMES = (
-    "fill_locked", "fill_read", "map_before", "map_onward", "clean_protected", "clean_written", "clean_write",
+    "fill_locked", "fill_read", "map_before", "map_onward", "map_for_others",
+    "clean_protected", "clean_written", "clean_write",
     "evict_punched", "evict_entry", "fallocate", "copy_made", "copy_ordered", "copy_answered", "drain_page",
     "frame_retired", "takeover", "fork_copied", "entry_read", "hold_noted", "area_state",
     "frame_claim", "frame_claimed", "frame_present", "frame_writeback", "frame_evicting", "frame_free",

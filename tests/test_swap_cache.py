@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from failpoints import (
     until,
     wait_for_waiters,
 )
+from hands import Hands
 
 pytestmark = pytest.mark.failpoint
 
@@ -104,30 +106,109 @@ def test_is_a_page_that_four_processes_want_read_once_into_one_frame(
     assert after.evictions == before.evictions
 
 
+@contextlib.contextmanager
+def sharers(pool: Any, a: Any, count: int) -> Iterator[list[Actor]]:
+    """Have actors that read and write pages of an array; each has faulted in it once."""
+    hands = Hands(pool, a)
+    with actors(count, hands, hands.quiet) as workers:
+        for far, worker in enumerate(workers):
+            assert worker.ask(("read", 10 * far)) == 10 * far + 1
+        yield workers
+
+
 def test_is_a_page_mapped_for_all_when_a_second_process_wants_it(pool: Any) -> None:
     """All that have faulted in the array, that is; each would fault for it otherwise."""
     a = swapped_out(pool)
     page = PAGES // 2
     number = page_id(pool, a[page])
-    with actors(
-        WORKERS, lambda page: int(a[page, -1]), lambda: pool.advise(a, "random")
-    ) as workers:
-        for far, worker in enumerate(workers[:-1]):
-            assert worker.ask(10 * far) == 10 * far + 1
-        first, second, third, _ = workers
-        assert first.ask(page) == page + 1
+    with actors(1, lambda _: None), sharers(pool, a, 3) as (first, second, third):
+        assert first.ask(("read", page)) == page + 1
         assert mappers_of(pool, number) == 1
-        assert second.ask(page) == page + 1
-        # This process wrote it.
+        assert second.ask(("read", page)) == page + 1
         until(lambda: not is_locked(pool, number), "it is mapped for the others")
+        # This process has written it; the other actor has touched nothing.
         assert mappers_of(pool, number) == 4
         before = pool.stats()
-        assert third.ask(page) == page + 1
+        assert third.ask(("read", page)) == page + 1
         assert int(a[page, 0]) == page + 1
         after = pool.stats()
         assert after.minor_faults == before.minor_faults
         assert after.major_faults == before.major_faults
         # Evicted, it is nobody's.
         pool.advise(a, "pageout")
-        assert third.ask(page) == page + 1
+        assert third.ask(("read", page)) == page + 1
         assert mappers_of(pool, number) == 1
+
+
+def test_is_what_is_written_kept_where_a_page_was_mapped_for_all(pool: Any) -> None:
+    """One that is dirty is mapped writable; one that is being written out is not."""
+    a = swapped_out(pool)
+    page = PAGES // 2
+    number = page_id(pool, a[page])
+
+    def write_faults() -> int:
+        until(lambda: not is_locked(pool, number), "it is mapped for the others")
+        now = pool.stats()
+        return int(now.write_faults + now.minor_faults + now.major_faults)
+
+    with (
+        actors(1, Hands(pool, a)) as (evictor,),
+        sharers(pool, a, 3) as (first, second, third),
+    ):
+        assert first.ask(("write", page, -1)) == -1
+        assert second.ask(("read", page)) == -1
+        before = write_faults()
+        assert third.ask(("write", page, -2)) == -2
+        assert write_faults() == before
+        pool.advise(a, "pageout")
+        assert first.ask(("write", page, -3)) == -3
+        with Failpoint(pool, "clean_written", "park") as point:
+            evictor.tell(("pageout",))
+            point.wait_parked()
+            assert second.ask(("read", page)) == -3
+            before = write_faults()
+            assert third.ask(("write", page, -4)) == -4
+            assert write_faults() == before + 1
+            point.release()
+            evictor.answer()
+        pool.advise(a, "pageout")
+        assert not pool.residency(a[page]).any()
+        assert first.ask(("read", page)) == -4
+
+
+def test_is_a_page_mapped_for_nobody_who_has_another_ones_number(pool: Any) -> None:
+    """A worker ends when a page is about to be mapped for it: its number may be another's."""
+    a = swapped_out(pool)
+    page = PAGES // 2
+    number = page_id(pool, a[page])
+    with sharers(pool, a, 3) as (first, second, third):
+        assert first.ask(("read", page)) == page + 1
+        with Failpoint(pool, "map_for_others", "park", skip=1) as point:
+            second.tell(("read", page))
+            point.wait_parked()
+            os.kill(third.pid, signal.SIGKILL)
+            until(lambda: pool.stats().workers == 3, "its place is free")
+            point.release()
+            assert second.answer() == page + 1
+            until(lambda: not is_locked(pool, number), "it is mapped for the others")
+            # Those two, and this process.
+            assert mappers_of(pool, number) == 3
+
+
+def test_waits_one_thread_at_most_for_a_process_that_a_page_is_mapped_for(pool: Any) -> None:
+    """Its memory may be locked for a while, as when it forks; the others serve faults."""
+    a = swapped_out(pool)
+    page, another = PAGES // 2, PAGES // 4
+    with sharers(pool, a, 3) as (first, second, third):
+        for either in (page, another):
+            assert first.ask(("read", either)) == either + 1
+        with Failpoint(pool, "map_for_others", "park", skip=1, limit=1) as point:
+            assert second.ask(("read", page)) == page + 1
+            point.wait_parked()
+            assert second.ask(("read", another)) == another + 1
+            number = page_id(pool, a[another])
+            until(lambda: not is_locked(pool, number), "it is mapped for who can be")
+            # Not for the third one.
+            assert mappers_of(pool, number) == 3
+            assert point.parked == 1
+        assert third.ask(("read", another)) == another + 1

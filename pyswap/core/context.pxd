@@ -72,6 +72,7 @@ cdef struct attached_t:         # the swapper's own side of one worker
     int uffd
     int channel                 # to its attendant
     uint32_t deaf               # an order was for it, and its end of the channel is closed
+    uint32_t visited            # a thread maps something for it that serves another's fault
     int64_t breaks              # of all its regions
 
 cdef struct pool_t:

@@ -144,6 +144,7 @@ cdef enum failpoint:
     FP_FILL_READ            # the read of a slot: errno
     FP_MAP_BEFORE           # the frame is locked and about to be mapped
     FP_MAP_ONWARD           # a stream's thread goes on, the rest of its neighbours are about to be mapped
+    FP_MAP_FOR_OTHERS       # a locked page is about to be mapped for a worker other than the fault's
     FP_CLEAN_PROTECTED      # a victim is write-protected, its bytes not yet written
     FP_CLEAN_WRITTEN        # the batch is written, nothing published
     FP_CLEAN_WRITE          # the write of a batch: errno

@@ -42,7 +42,17 @@ from pyswap.core.layout cimport (
     region_t,
     worker_id,
 )
-from pyswap.core.lock cimport FP_MAP_ONWARD, and64, failpoint_visit, load32, load64, or64
+from pyswap.core.lock cimport (
+    FP_MAP_FOR_OTHERS,
+    FP_MAP_ONWARD,
+    and64,
+    cas32,
+    failpoint_visit,
+    load32,
+    load64,
+    or64,
+    store32,
+)
 from pyswap.core.page cimport fill_install, fill_undo, wanted_t
 from pyswap.core.pagetable cimport pte_frame, pte_is_frame, pte_read
 from pyswap.core.readahead cimport around_limit, row_end, way_t, zeros_ahead
@@ -338,6 +348,25 @@ cdef inline bint is_mapped_elsewhere(frame_t *frame, worker_id worker) noexcept 
     return False
 
 
+cdef inline bint map_for(pool_t *pool, frame_id f, object_id o, worker_id w, region_id r) noexcept nogil:
+    """Map a locked page in a region of a worker other than the fault's; False where the region is another by now."""
+    cdef uint64_t index = pool.frames[f].index
+    cdef uint32_t generation = life_generation(&pool.regions[r].word)
+    cdef bint same = False
+    # Its process may keep its memory locked, as while it forks: no second thread is to wait for that.
+    if not cas32(&pool.attached[w].visited, 0, 1):
+        return False
+    failpoint_visit(pool.header, FP_MAP_FOR_OTHERS)
+    # Held before the mapper is noted: its worker's number cannot become another's.
+    if life_hold(&pool.regions[r].word, generation):
+        same = pool.regions[r].object == o and index < pool.regions[r].pages
+        if same:
+            map_run(pool, r, generation, <int64_t>index, &f, 1, False)
+        life_drop(&pool.regions[r].word)
+    store32(&pool.attached[w].visited, 0)
+    return same
+
+
 cdef inline void map_for_others(pool_t *pool, frame_id f, worker_id worker) noexcept nogil:
     """A worker has mapped a locked page that is HOT, or another's too: the rest would fault for it as well.
 
@@ -347,21 +376,13 @@ cdef inline void map_for_others(pool_t *pool, frame_id f, worker_id worker) noex
     cdef object_id o = frame.object
     cdef worker_id w
     cdef region_id r
-    cdef uint32_t generation, n = 0
+    cdef uint32_t n = 0
     if pool.objects[o].is_private or not (frame_has(frame, HOT) or is_mapped_elsewhere(frame, worker)):
         return
     for w in range(<worker_id>MAX_WORKERS):
         r = load32(&pool.mapped[o][w])
-        if r == REGION_NONE or is_mapper(frame, w) or load64(&pool.detectors[r].time) == 0:
-            continue
-        generation = life_generation(&pool.regions[r].word)
-        if not life_hold(&pool.regions[r].word, generation):
-            continue
-        # It may be another object's by now; while it is held its worker is there.
-        if pool.regions[r].object == o and frame.index < pool.regions[r].pages:
-            map_run(pool, r, generation, <int64_t>frame.index, &f, 1, False)
-            n += 1
-        life_drop(&pool.regions[r].word)
+        if r != REGION_NONE and not is_mapper(frame, w) and load64(&pool.detectors[r].time):
+            n += map_for(pool, f, o, w, r)
         if n == MAPPED_OTHERS:
             break
 
