@@ -41,9 +41,16 @@ ELSEWHERE = {"attendant_order", "attendant_mapped", "attendant_done"}
 """Failpoints that a worker's own thread meets: tests of workers' deaths have those."""
 UNUSUAL = {"frame_offline", "frame_back", "takeover"}
 """Those that it takes a full /dev/shm, or a takeover, to come to."""
-NEVER_IN_PLAY = {"file_read", "move_placed", "move_begun", "move_mapped", "map_onward"}
-"""Those of arrays that come from files, of NumPy's that grow, and of streams where more frames are
-mapped at once: tests of these have them."""
+NEVER_IN_PLAY = {
+    "file_read",
+    "move_placed",
+    "move_begun",
+    "move_mapped",
+    "map_onward",
+    "map_for_others",
+}
+"""Those of arrays that come from files, of NumPy's that grow, of streams where more frames are
+mapped at once, and of pages that several processes use: tests of these have them."""
 
 
 @pytest.fixture
@@ -208,6 +215,30 @@ def test_does_a_swapper_that_is_killed_while_a_streams_thread_goes_on_lose_nothi
             reader.send(column_of, 3)
             assert reader.answer() == (values(pages)[:, 3] + 1).tolist()
             assert reader.end() == 0
+        assert pool.swapper_pid != old
+        pool.check()
+
+
+def word_of(a: Any, page: int) -> int:
+    return int(a[page, 3])
+
+
+@pytest.mark.failpoint
+def test_does_a_swapper_that_is_killed_when_it_maps_a_page_for_others_lose_nothing() -> None:
+    pages = 64
+    with pyswap.Pool(8 * pages * 4096, 8 * pages * 4096, page_size=4096) as pool:
+        a = pool.zeros((pages, WORDS), np.int64)
+        a[:] = values(pages)
+        old = pool.swapper_pid
+        with workers(a, 2) as both, Failpoint(pool, "map_for_others", "kill") as point:
+            # This process has them all mapped; the second one's page is mapped for the first one.
+            for page, worker in zip((5, 50), both, strict=True):
+                assert worker.ask(word_of, page) == values(pages)[page, 3]
+            until(lambda: point.hits == 1, "it is killed")
+            a[:, 3] += 1
+            for worker in both:
+                assert worker.ask(column_of, 3) == (values(pages)[:, 3] + 1).tolist()
+                assert worker.end() == 0
         assert pool.swapper_pid != old
         pool.check()
 
