@@ -90,12 +90,6 @@ def mappers_of(pool: Any, page: Any) -> int:
     return frame[3] if frame else 0
 
 
-def is_locked(pool: Any, page: Any) -> bool:
-    """Whether a page's frame is locked: that of a fault is until its neighbours are mapped."""
-    frame = _frame(pool, page)
-    return frame is not None and frame[4]
-
-
 def references_of(pool: Any, page: Any) -> int:
     """Count the regions that refer to a page of an array that was forked, as above."""
     number = page if isinstance(page, int) else page_id(pool, page)
@@ -105,6 +99,16 @@ def references_of(pool: Any, page: Any) -> int:
 def wait_for_waiters(pool: Any, page: int, count: int = 1) -> None:
     """Return once the faults of so many workers wait for a page."""
     until(lambda: waiting_for(pool, page) == count, f"{count} workers wait for page {page}")
+
+
+def wait_unlocked(pool: Any, page: Any) -> None:
+    """Return once a page's frame is unlocked: a fault's is when its neighbours are mapped."""
+
+    def is_unlocked() -> bool:
+        frame = _frame(pool, page)
+        return frame is None or not frame[4]
+
+    until(is_unlocked, f"page {page if isinstance(page, int) else page_id(pool, page)} is unlocked")
 
 
 def touch(a: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import actors, is_locked, mappers_of, page_id
+from failpoints import actors, mappers_of, page_id, wait_unlocked
 from workers import until
 
 import pyswap
@@ -70,7 +70,7 @@ def test_is_a_page_that_comes_back_mapped_for_all_who_use_its_array() -> None:
                 before = pool.stats().activations
                 assert a[page, 0] == page + 1
                 number = page_id(pool, a[page])
-                until(lambda n=number: not is_locked(pool, n), "it is mapped")  # type: ignore[misc]
+                wait_unlocked(pool, number)
                 if pool.stats().activations > before:
                     kept += 1
                     mapped += mappers_of(pool, number) == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failpoints import Actor, Failpoint, actors, is_locked, mappers_of, page_id, until
+from failpoints import Actor, Failpoint, actors, mappers_of, page_id, until, wait_unlocked
 
 import pyswap
 from pyswap import config
@@ -52,7 +52,7 @@ def scan(pool: Any, a: Any, pages: Iterable[int], patient: bool = False) -> tupl
     for page in pages:
         assert a[page, 7] == page + 1
         if patient:
-            until(lambda row=a[page]: not is_locked(pool, row), "its neighbours are mapped")
+            wait_unlocked(pool, a[page])
     after = pool.stats()
     major = after.major_faults - before.major_faults
     faults = major + after.minor_faults - before.minor_faults
@@ -574,7 +574,7 @@ def test_are_pages_zeroed_before_a_stream_of_first_touches_comes_to_them() -> No
         before = pool.stats()
         for i in range(3, 500):
             a[i, 7] = i + 1
-            until(lambda row=a[i]: not is_locked(pool, row), "its neighbours are mapped")
+            wait_unlocked(pool, a[i])
         after = pool.stats()
         assert after.zero_fills == before.zero_fills
         assert after.minor_faults - before.minor_faults <= 2

@@ -15,12 +15,12 @@ from failpoints import (
     Actor,
     Failpoint,
     actors,
-    is_locked,
     mappers_of,
     page_id,
     state_of,
     until,
     wait_for_waiters,
+    wait_unlocked,
 )
 from hands import Hands
 
@@ -125,7 +125,7 @@ def test_is_a_page_mapped_for_all_when_a_second_process_wants_it(pool: Any) -> N
         assert first.ask(("read", page)) == page + 1
         assert mappers_of(pool, number) == 1
         assert second.ask(("read", page)) == page + 1
-        until(lambda: not is_locked(pool, number), "it is mapped for the others")
+        wait_unlocked(pool, number)
         # This process has written it; the other actor has touched nothing.
         assert mappers_of(pool, number) == 4
         before = pool.stats()
@@ -146,8 +146,8 @@ def test_is_what_is_written_kept_where_a_page_was_mapped_for_all(pool: Any) -> N
     page = PAGES // 2
     number = page_id(pool, a[page])
 
-    def write_faults() -> int:
-        until(lambda: not is_locked(pool, number), "it is mapped for the others")
+    def faults() -> int:
+        wait_unlocked(pool, number)
         now = pool.stats()
         return int(now.write_faults + now.minor_faults + now.major_faults)
 
@@ -157,18 +157,18 @@ def test_is_what_is_written_kept_where_a_page_was_mapped_for_all(pool: Any) -> N
     ):
         assert first.ask(("write", page, -1)) == -1
         assert second.ask(("read", page)) == -1
-        before = write_faults()
+        before = faults()
         assert third.ask(("write", page, -2)) == -2
-        assert write_faults() == before
+        assert faults() == before
         pool.advise(a, "pageout")
         assert first.ask(("write", page, -3)) == -3
         with Failpoint(pool, "clean_written", "park") as point:
             evictor.tell(("pageout",))
             point.wait_parked()
             assert second.ask(("read", page)) == -3
-            before = write_faults()
+            before = faults()
             assert third.ask(("write", page, -4)) == -4
-            assert write_faults() == before + 1
+            assert faults() == before + 1
             point.release()
             evictor.answer()
         pool.advise(a, "pageout")
@@ -190,7 +190,7 @@ def test_is_a_page_mapped_for_nobody_who_has_another_ones_number(pool: Any) -> N
             until(lambda: pool.stats().workers == 3, "its place is free")
             point.release()
             assert second.answer() == page + 1
-            until(lambda: not is_locked(pool, number), "it is mapped for the others")
+            wait_unlocked(pool, number)
             # Those two, and this process.
             assert mappers_of(pool, number) == 3
 
@@ -207,7 +207,7 @@ def test_waits_one_thread_at_most_for_a_process_that_a_page_is_mapped_for(pool: 
             point.wait_parked()
             assert second.ask(("read", another)) == another + 1
             number = page_id(pool, a[another])
-            until(lambda: not is_locked(pool, number), "it is mapped for who can be")
+            wait_unlocked(pool, number)
             # Not for the third one.
             assert mappers_of(pool, number) == 3
             assert point.parked == 1
