@@ -635,7 +635,8 @@ cdef class Swapper:
     # Objects.
 
     def object_begin(
-        self, uint32_t o, uint64_t base, uint64_t pages, uint64_t size, bytes name, bint is_private, bint is_sparse
+        self, uint32_t o, uint64_t base, uint64_t pages, uint64_t size, bytes name, bint is_private, bint is_sparse,
+        uint64_t row_bytes,
     ):
         """Give an array its page ids; returns the object's generation."""
         cdef pool_t *pool = self.pool
@@ -646,6 +647,7 @@ cdef class Swapper:
         self.object_room(o)
         object.base = base
         object.size_bytes = size
+        object.row_bytes = row_bytes
         object.labelled = 0
         object.is_private = is_private
         object.is_sparse = is_sparse

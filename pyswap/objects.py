@@ -156,11 +156,12 @@ class Objects:
         private: bool = False,
         sparse: bool = False,
         backing: Backing | None = None,
+        row_bytes: int = 0,
     ) -> PagedObject:
         """Make an object of `size` bytes; a private one is copied on write after fork.
 
         The pages of a sparse one, which is private, are committed range by range. The descriptor
-        of `backing` stays the caller's.
+        of `backing` stays the caller's. Its rows are `row_bytes` apart; 0: that is not known.
 
         Raises
         ------
@@ -189,7 +190,7 @@ class Objects:
             number = self._object_numbers.take("arrays")
             undo.callback(self._object_numbers.returned.append, number)
             generation = self._tables.object_begin(
-                number, base, pages, size, name.encode()[:71], private, sparse
+                number, base, pages, size, name.encode()[:71], private, sparse, row_bytes
             )
             if backing is not None:
                 self._tables.object_file(

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["overlapped_pages", "runs"]
+__all__ = ["overlapped_pages", "row_bytes", "runs"]
+
+ROW_PAGES = 2
+"""Rows of fewer pages are as good as neighbours."""
+
+
+def row_bytes(
+    shape: Sequence[int], itemsize: int, order: Literal["C", "F"], page_bytes: int
+) -> int:
+    """Compute how far apart the rows of a new array are: its first stride of more than two pages.
+
+    That is what a block of it, or a column, is followed by. 0: it has no such rows.
+    """
+    stride = itemsize
+    lengths = shape[::-1] if order == "C" else shape
+    for n in lengths[:-1]:
+        stride *= n
+        if stride >= ROW_PAGES * page_bytes:
+            return stride
+    return 0
 
 
 def overlapped_pages(

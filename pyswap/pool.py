@@ -25,7 +25,7 @@ from .files import Progress, check_room, copy_into, is_plain, opened, read_heade
 from .joining import attachment_for
 from .objects import Backing
 from .paged import PIN_PIECE_BYTES, PagedArray, paged, paged_like
-from .pages import overlapped_pages, runs
+from .pages import overlapped_pages, row_bytes, runs
 from .segments import open_swap
 from .settings import resolve, resolve_area, resolve_memory
 from .stats import Stats
@@ -340,8 +340,10 @@ class Pool:
         size = kind.itemsize
         for n in dimensions:
             size *= n
-        region = self._new_region(size, name, private=bool(private))
-        made = paged(region, dimensions, kind, "F" if laid_out == "F" else "C")
+        layout: Literal["C", "F"] = "F" if laid_out == "F" else "C"
+        row = row_bytes(dimensions, kind.itemsize, layout, self.page_size)
+        region = self._new_region(size, name, private=bool(private), row_bytes=row)
+        made = paged(region, dimensions, kind, layout)
         return self._named(made, name)
 
     def _named(self, a: PagedArray, name: str | None) -> PagedArray:
@@ -682,8 +684,9 @@ class Pool:
             check_room(file, header)
             backing = Backing(file.fileno(), mode == "r", file.tell(), stamp)
             if header.size_bytes:
-                region = self._new_region(header.size_bytes, name, backing=backing)
                 order: Literal["C", "F"] = "F" if header.fortran else "C"
+                row = row_bytes(header.shape, header.dtype.itemsize, order, self.page_size)
+                region = self._new_region(header.size_bytes, name, backing=backing, row_bytes=row)
                 return self._named(paged(region, header.shape, header.dtype, order), name)
         made = self.empty(header.shape, header.dtype, name=name)
         made.flags.writeable = mode == "c"

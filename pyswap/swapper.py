@@ -611,7 +611,8 @@ class Server:
         sparse = bool(message.get("sparse"))
         private = sparse or bool(message.get("private"))
         name = protocol.text_of(message, "name")
-        o = self.objects.create(size, name, private=private, sparse=sparse)
+        row = protocol.count_of(message, "row")
+        o = self.objects.create(size, name, private=private, sparse=sparse, row_bytes=row)
         worker.regions[address] = self.objects.map(worker.number, o, address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 
@@ -777,7 +778,8 @@ class Server:
                 raise ValueError("the file is shorter than the array")
             stamp = protocol.count_of(message, "stamp")
             backing = Backing(fds[0], bool(message.get("read_only")), offset, stamp)
-            o = self.objects.create(size, protocol.text_of(message, "name"), backing=backing)
+            name, row = protocol.text_of(message, "name"), protocol.count_of(message, "row")
+            o = self.objects.create(size, name, backing=backing, row_bytes=row)
         worker.regions[address] = self.objects.map(worker.number, o, address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 

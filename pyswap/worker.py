@@ -376,13 +376,14 @@ class Attachment:
         private: bool = False,
         sparse: bool = False,
         backing: Backing | None = None,
+        row_bytes: int = 0,
     ) -> native.Region:
         """Make an object of `size` bytes and map it; see `Objects.create`."""
         page = self.settings.page_size
         mapped = -(-max(1, size) // page) * page
         address = native.reserve(mapped)
         try:
-            fields: Message = {"address": address, "size": size, "name": name}
+            fields: Message = {"address": address, "size": size, "name": name, "row": row_bytes}
             if backing is None:
                 reply = self.call("create", **fields, private=private, sparse=sparse)
             else:

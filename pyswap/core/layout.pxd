@@ -65,7 +65,7 @@ ctypedef uint32_t region_id
 ctypedef uint32_t worker_id
 
 cdef enum:
-    LAYOUT_VERSION = 5
+    LAYOUT_VERSION = 6
     MAX_WORKERS = 256           # processes attached at once; a frame's mapper set has a bit for each
     WORKER_WORDS = 4            # 64-bit words of such a set
     MAX_OBJECTS = 65536
@@ -245,6 +245,7 @@ cdef struct object_t:
     uint16_t is_sparse          # private; its pages are given and taken back range by range
     uint16_t file               # FILE_*
     char name[72]
+    uint64_t row_bytes          # how far apart its rows are, for readahead; 0: unknown, or not worth knowing
     uint64_t file_offset        # of the array's first byte
     uint64_t file_stamp         # what the file was when it was opened; see kernel.pxd
     uint32_t transits           # pickles that keep it, until they are loaded

@@ -106,15 +106,20 @@ cdef inline bint in_memory(pool_t *pool, region_id r, int64_t index) noexcept no
     return pte_is_frame(pte_read(pool, region_page(pool, r, index) & PAGE_MASK))
 
 
-cdef inline bint came_by(pool_t *pool, region_id r, stream_t *s, int64_t position, int64_t steps) noexcept nogil:
-    """Whether a stream may have gone to a fault without another: not where it would have met a page that is out."""
+cdef inline bint met_nothing(
+    pool_t *pool, region_id r, int64_t position, int64_t stride, int64_t steps
+) noexcept nogil:
+    """Whether who came to a fault by steps of a stride had no other on the way: they met no page that is out."""
     cdef int64_t i
-    if steps > steps_left_out(pool, s):
-        return False
     for i in range(1, min(steps, <int64_t>LOOKED_AT)):
-        if not in_memory(pool, r, (position - i * s.stride) >> pool.page_shift):
+        if not in_memory(pool, r, (position - i * stride) >> pool.page_shift):
             return False
     return True
+
+
+cdef inline bint came_by(pool_t *pool, region_id r, stream_t *s, int64_t position, int64_t steps) noexcept nogil:
+    """Whether a stream may have gone to a fault without another."""
+    return steps <= steps_left_out(pool, s) and met_nothing(pool, r, position, s.stride, steps)
 
 
 cdef inline uint32_t sparse_around(pool_t *pool) noexcept nogil:
@@ -154,6 +159,66 @@ cdef inline void stream_begin(
     s.generation += 1
 
 
+cdef inline int64_t row_bytes(pool_t *pool, region_id r) noexcept nogil:
+    """How far apart an array's rows are, where that is known and more than two pages; else 0."""
+    return <int64_t>pool.objects[pool.regions[r].object].row_bytes
+
+
+cdef inline bint block_begins(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
+    """Whether a fault is a few rows from a stream's first, and at about the same column; notes it if so."""
+    cdef int64_t way = row_bytes(pool, r), rows, column, first
+    if way == 0:
+        return False
+    rows = position // way - s.last // way
+    column = position % way
+    first = s.last % way
+    if rows == 0 or absolute(rows) > ROWS_BACK or absolute(column - first) >= <int64_t>pool.page_bytes:
+        return False
+    if not met_nothing(pool, r, position, way if rows > 0 else -way, absolute(rows)):
+        return False
+    s.stride = way if rows > 0 else -way
+    s.width = absolute(column - first)
+    s.last = position - column + min(column, first)
+    s.ahead = s.last
+    return True
+
+
+cdef inline bint block_takes(
+    pool_t *pool, region_id r, stream_t *s, int64_t position, uint64_t time, int64_t *start
+) noexcept nogil:
+    """Whether a fault is in the next rows of a block that a stream goes through; its row begins at *start.
+
+    The block is as wide as the columns are apart that were met so far.
+    """
+    cdef int64_t way = row_bytes(pool, r), page = <int64_t>pool.page_bytes, rows, column, first, left, right, most
+    if way == 0 or absolute(s.stride) != way or time - s.used > ROW_FAULTS:
+        return False
+    rows = position // way - s.last // way
+    if s.stride < 0:
+        rows = -rows
+    most = steps_left_out(pool, s) if s.confirmed >= CONFIRM else ROWS_BACK
+    if rows < -ROWS_BACK or rows > most:
+        return False
+    column = position % way
+    first = s.last % way
+    left = min(first, column)
+    right = max(first + s.width, column)
+    if first - left >= page or right - first - s.width > page or right - left >= ROW_PAGES * page:
+        return False
+    if rows > 0 and not met_nothing(pool, r, position, s.stride, rows):
+        return False
+    if (right - left) >> pool.page_shift > s.width >> pool.page_shift:
+        s.ahead = s.last
+    s.ahead -= first - left
+    s.last -= first - left
+    s.width = right - left
+    if rows > 0:
+        s.last += rows * s.stride
+        s.confirmed += <uint32_t>rows if s.confirmed else 1
+    start[0] = position - column + left
+    return True
+
+
 cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t position) noexcept nogil:
     """Whether a fault continues a stream; notes it if so."""
     cdef int64_t page = <int64_t>pool.page_bytes
@@ -164,6 +229,8 @@ cdef inline bint stream_takes(pool_t *pool, region_id r, stream_t *s, int64_t po
         if is_behind_resident(pool, r, position, delta):
             s.stride = page
             s.confirmed = CONFIRM
+        elif absolute(delta) != page and block_begins(pool, r, s, position):
+            return True
         elif absolute(delta) > MAX_STRIDE_PAGES * page:
             return False
         else:
@@ -321,7 +388,7 @@ cdef inline stream_t *stream_find(
     row[0] = position
     for i in range(STREAMS + 1):
         s = &d.streams[i]
-        if row_takes(pool, r, s, position, d.time, row):
+        if block_takes(pool, r, s, position, d.time, row) or row_takes(pool, r, s, position, d.time, row):
             return s
     for i in range(STREAMS):
         s = &d.streams[i]
