@@ -109,11 +109,14 @@ cdef struct pool_t:
     uint32_t cold_tail
     frame_id *cold              # frames to be evicted first: a ring of frame_room
 
-    mutex_t hot_lock            # guards the four below
+    mutex_t hot_lock            # guards the rest of this group, see policy.pxd
     uint64_t hot_head
     uint64_t hot_tail
     uint64_t *hot               # frames that became HOT, with their generations: a ring of frame_room
     uint64_t hot_chance
+    uint64_t hot_less           # frames: how far below their greatest number the limit of HOT ones is
+    uint64_t left[2]            # pages evicted lately: that had not, and had been HOT
+    uint64_t returned[2]        # of those, that came back soon
 
     mutex_t slots_lock          # guards the areas' cursors and counts, and the rest of this group
     uint16_t *chunk_used        # slots in use of each chunk

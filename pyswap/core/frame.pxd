@@ -14,6 +14,7 @@ A frame's word, changed only by compare-and-swap of the whole:
     bit  11    PASSED      the second hand has met it AHEAD, and left it one more turn to be asked for
     bit  12    HOT         its page came back soon after an eviction: the hand passes it by, see policy.pxd
     bit  14    CLEANED     written out as if it would leave, and still here
+    bit  15    WAS_HOT     made ordinary again, to make room
     bits 32-63 generation, one more at every claim
 
 To use: frame_claim() or frame_trylock(), then the setters, then frame_unlock() or frame_set_free().
@@ -86,6 +87,7 @@ cdef enum:
     HOT = 1 << 12
     WRITABLE = 1 << 13          # a private page may be mapped writable: not protected since it was last made DIRTY
     CLEANED = 1 << 14
+    WAS_HOT = 1 << 15
 
 cdef struct waiters_t:          # whom to wake once a lock has ended
     uint64_t bits[4]

@@ -2,7 +2,8 @@
 
     bits 0-1    kind: EMPTY (all zeros, in neither frame nor slot), FRAME, SLOT
     bits 2-33   the frame, or the slot
-    bits 34-63  of a SLOT entry: the eviction's time, see policy.pxd; 0: unknown
+    bit  34     of a SLOT entry: the page was HOT, and ordinary again when it was evicted
+    bits 35-63  of a SLOT entry: the eviction's time, see policy.pxd; 0: unknown
 
 An entry changes by compare-and-swap: into FRAME by the filler who owns that frame; out of FRAME by who holds
 its lock.  That a slot entry was something else in between (A-B-A) is harmless: the slot named at the moment
@@ -19,8 +20,14 @@ cdef enum:
     PTE_FRAME = 1
     PTE_SLOT = 2
     PTE_KINDS = 3
-    PTE_TIME_SHIFT = 34
-    PTE_TIMES = 1 << 30
+    PTE_TIME_SHIFT = 35
+    PTE_TIMES = 1 << 29
+
+cdef extern from *:
+    """
+    #define PTE_WAS_HOT (1ull << 34)
+    """
+    const uint64_t PTE_WAS_HOT
 
 
 cdef inline uint64_t pte_make_frame(frame_id f) noexcept nogil:
@@ -34,11 +41,11 @@ cdef inline uint64_t pte_make_slot(slot_id slot) noexcept nogil:
     return (<uint64_t>slot << 2) | PTE_SLOT
 
 
-cdef inline uint64_t pte_make_evicted(slot_id slot, uint64_t time) noexcept nogil:
-    """As pte_make_slot(), with the eviction's time."""
+cdef inline uint64_t pte_make_evicted(slot_id slot, uint64_t time, bint was_hot) noexcept nogil:
+    """As pte_make_slot(), with the eviction's time and what it says of the page's worth."""
     if slot == SLOT_NONE:
         return PTE_EMPTY
-    return (time << PTE_TIME_SHIFT) | pte_make_slot(slot)
+    return (time << PTE_TIME_SHIFT) | (PTE_WAS_HOT if was_hot else 0) | pte_make_slot(slot)
 
 
 cdef inline uint64_t pte_time(uint64_t pte) noexcept nogil:

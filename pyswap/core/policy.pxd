@@ -18,6 +18,7 @@ from pyswap.core.frame cimport (
     CLEANED,
     HOT,
     REFERENCED,
+    WAS_HOT,
     frame_flags,
     frame_mark,
     frame_state,
@@ -26,7 +27,12 @@ from pyswap.core.frame cimport (
 )
 from pyswap.core.layout cimport C_ACTIVATIONS, C_EVICTIONS, C_REFAULTS, WRITEBACK, frame_id
 from pyswap.core.lock cimport load64, mutex_lock, mutex_unlock
-from pyswap.core.pagetable cimport PTE_TIMES, pte_time
+from pyswap.core.pagetable cimport PTE_TIMES, PTE_WAS_HOT, pte_time
+
+cdef enum:
+    LIMIT_STEPS = 8             # the limit of HOT frames moves by a frame for so many evictions
+    HOT_WEIGHT = 3              # what was HOT, and would be again, stays for longer than what is ordinary
+    NEAREST = 8                 # a page that would have been saved by an eighth of memory counts as eight
 
 
 cdef inline uint64_t eviction_time(pool_t *pool) noexcept nogil:
@@ -44,33 +50,66 @@ cdef inline uint64_t chance(pool_t *pool) noexcept nogil:
     return z ^ (z >> 31)
 
 
-cdef inline uint64_t hot_limit(pool_t *pool) noexcept nogil:
+cdef inline uint64_t hot_most(pool_t *pool) noexcept nogil:
     cdef uint64_t frames = load64(&pool.header.memory_pages)
     return frames - frames // 4
 
 
-cdef inline void hot_put(pool_t *pool, frame_id f) noexcept nogil:
-    """Append a frame to the queue; the eldest make room."""
-    cdef uint64_t limit = hot_limit(pool), entry, room = pool.header.frame_room, at, length
-    mutex_lock(&pool.hot_lock)
-    while pool.hot_tail - pool.hot_head >= limit:
+cdef inline uint64_t hot_limit(pool_t *pool) noexcept nogil:
+    """How many frames may be HOT; under hot_lock."""
+    cdef uint64_t most = hot_most(pool), least = load64(&pool.header.memory_pages) // 8
+    return most - pool.hot_less if pool.hot_less + least < most else least
+
+
+cdef inline void hot_shed(pool_t *pool, uint64_t most) noexcept nogil:
+    """Make frames of the queue's elder half ordinary until it has no more than so many; under hot_lock."""
+    cdef uint64_t entry, room = pool.header.frame_room, at, length
+    while pool.hot_tail - pool.hot_head > most:
         length = pool.hot_tail - pool.hot_head
         at = (pool.hot_head + chance(pool) % (length // 2 + 1)) % room
         entry = pool.hot[at]
         pool.hot[at] = pool.hot[pool.hot_head % room]
         pool.hot_head += 1
-        # Ordinary again, and with a turn before it, if it still holds the page that made it HOT.
-        frame_flags(&pool.frames[<uint32_t>entry], <uint32_t>(entry >> 32), HOT, REFERENCED)
-    entry = (<uint64_t>word_generation(load64(&pool.frames[f].word)) << 32) | f
-    pool.hot[pool.hot_tail % room] = entry
+        # With a turn before it, if it still holds the page that made it HOT.
+        frame_flags(&pool.frames[<uint32_t>entry], <uint32_t>(entry >> 32), HOT, REFERENCED | WAS_HOT)
+
+
+cdef inline void hot_make(pool_t *pool, frame_id f) noexcept nogil:
+    """Append a frame to the queue; elder ones make room."""
+    cdef uint64_t limit
+    if not frame_mark(&pool.frames[f], HOT):
+        return
+    count(pool, C_ACTIVATIONS, 1)
+    mutex_lock(&pool.hot_lock)
+    limit = hot_limit(pool)
+    hot_shed(pool, limit - 1 if limit else 0)
+    pool.hot[pool.hot_tail % pool.header.frame_room] = (
+        <uint64_t>word_generation(load64(&pool.frames[f].word)) << 32
+    ) | f
     pool.hot_tail += 1
     mutex_unlock(&pool.hot_lock)
 
 
-cdef inline void hot_make(pool_t *pool, frame_id f) noexcept nogil:
-    if frame_mark(&pool.frames[f], HOT):
-        count(pool, C_ACTIVATIONS, 1)
-        hot_put(pool, f)
+cdef inline void evictions_note(pool_t *pool, uint32_t were_hot, uint32_t others) noexcept nogil:
+    """So many pages have left: move the limit to where a frame more would save more reads."""
+    cdef uint64_t step = (were_hot + others) // LIMIT_STEPS + 1, worth
+    cdef int i
+    if were_hot + others == 0:
+        return
+    mutex_lock(&pool.hot_lock)
+    pool.left[0] += others
+    pool.left[1] += were_hot
+    if pool.left[0] + pool.left[1] > 2 * load64(&pool.header.memory_pages):
+        for i in range(2):
+            pool.left[i] //= 2
+            pool.returned[i] //= 2
+    worth = HOT_WEIGHT * (pool.returned[1] + 1)
+    if worth < 2 * (pool.left[1] + 2) and worth * (pool.left[0] + 2) < (pool.returned[0] + 1) * (pool.left[1] + 2):
+        pool.hot_less = min(pool.hot_less + step, hot_most(pool))
+        hot_shed(pool, hot_limit(pool))
+    else:
+        pool.hot_less -= min(pool.hot_less, step)
+    mutex_unlock(&pool.hot_lock)
 
 
 cdef inline void refault_note(pool_t *pool, frame_id f, uint64_t pte) noexcept nogil:
@@ -81,6 +120,12 @@ cdef inline void refault_note(pool_t *pool, frame_id f, uint64_t pte) noexcept n
     distance = (eviction_time(pool) + (PTE_TIMES - 1) - then) % (PTE_TIMES - 1)
     count(pool, C_REFAULTS, 1)
     if distance < load64(&pool.header.memory_pages):
+        mutex_lock(&pool.hot_lock)
+        if pte & PTE_WAS_HOT:
+            pool.returned[1] += 1
+        else:
+            pool.returned[0] += min(pool.header.memory_pages // (distance + 1), <uint64_t>NEAREST)
+        mutex_unlock(&pool.hot_lock)
         hot_make(pool, f)
 
 

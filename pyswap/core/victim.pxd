@@ -11,6 +11,8 @@ from pyswap.core.engine cimport engine_wake_waiters, page_unlock
 from pyswap.core.frame cimport (
     COLD,
     DIRTY,
+    HOT,
+    WAS_HOT,
     frame_has,
     frame_set_evicting,
     frame_set_free,
@@ -41,7 +43,7 @@ from pyswap.core.lock cimport (
     panic,
 )
 from pyswap.core.pagetable cimport pte_change, pte_make_evicted, pte_make_frame, pte_read
-from pyswap.core.policy cimport eviction_time
+from pyswap.core.policy cimport eviction_time, evictions_note
 from pyswap.core.store cimport store_punch
 
 cdef struct victim_t:
@@ -119,6 +121,8 @@ cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexc
     """Take locked, clean, unpinned pages out of memory, in the order that R5 asks for."""
     cdef uint32_t i
     cdef uint64_t now = eviction_time(pool), time
+    cdef uint32_t were_hot = 0, others = 0
+    cdef bint was_hot
     cdef frame_t *frame
     cdef waiters_t waiters
     if n == 0:
@@ -131,12 +135,19 @@ cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexc
         frame = &pool.frames[victims[i].frame]
         # An eviction that was asked for says nothing about the page's worth.
         time = 0 if frame_has(frame, COLD) else now
-        if not pte_change(pool, frame.page, pte_make_frame(victims[i].frame), pte_make_evicted(frame.slot, time)):
+        was_hot = frame_has(frame, WAS_HOT) and not frame_has(frame, HOT)
+        if time:
+            were_hot += was_hot
+            others += not was_hot
+        if not pte_change(
+            pool, frame.page, pte_make_frame(victims[i].frame), pte_make_evicted(frame.slot, time, was_hot)
+        ):
             panic("victims_drop: the entry named another frame", victims[i].frame, frame.page, 0)
     failpoint_visit(pool.header, FP_EVICT_ENTRY)
     for i in range(n):
         frame_set_free(pool, victims[i].frame, &waiters)
         engine_wake_waiters(pool, &waiters)
+    evictions_note(pool, were_hot, others)
     frames_announce(pool)
 
 
