@@ -136,14 +136,14 @@ cdef inline void fault_map(
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
         rewrite_note(pool, f)
-        unprotect_around(pool, r, region, index, fault.way.direction)
+        unprotect_around(pool, r, region, index, &fault.way)
         rc = engine_unprotect(pool, r, generation, index, 1)
     else:
         # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
         if region.advice != ADVICE_RANDOM:
             rest = map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
         if fault.way.gap:
-            map_rows(pool, r, region, index, &fault.way, fault.write)
+            map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
         if rc == 0 and rest:
             map_onward(pool, r, region, index, rest, fault.write)
