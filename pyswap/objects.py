@@ -160,8 +160,8 @@ class Objects:
     ) -> PagedObject:
         """Make an object of `size` bytes; a private one is copied on write after fork.
 
-        The pages of a sparse one, which is private, are committed range by range. The descriptor
-        of `backing` stays the caller's. Its rows are `row_bytes` apart; 0: that is not known.
+        A sparse one, which is private, is committed range by range. `backing`'s descriptor stays
+        the caller's. Its rows are `row_bytes` apart; 0: nobody knows.
 
         Raises
         ------
@@ -198,17 +198,20 @@ class Objects:
                 )
             undo.pop_all()
         made = PagedObject(number, generation, base, pages, private, sparse, read_only=read_only)
-        if backing is not None:
-            made.has_file = True
-            try:
-                self._vault.put("file", number, generation, {}, (backing.fd,))
-            except BaseException:
-                made.references = 1
-                self.live[number] = made
-                self._unrefer(made)
-                raise
         self.live[number] = made
+        if backing is not None:
+            self._keep_file(made, backing)
         return made
+
+    def _keep_file(self, made: PagedObject, backing: Backing) -> None:
+        """Have the vault keep the file of a new object, which is over where that fails."""
+        made.has_file = True
+        try:
+            self._vault.put("file", made.number, made.generation, {}, (backing.fd,))
+        except BaseException:
+            made.references = 1
+            self._unrefer(made)
+            raise
 
     def _unrefer(self, o: PagedObject) -> None:
         """Drop a reference; the last one ends the object."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
-from pyswap.pages import overlapped_pages, runs
+from pyswap.pages import overlapped_pages, row_bytes, runs
 
 pytestmark = pytest.mark.core
 
@@ -119,3 +119,29 @@ def test_do_runs_join_exactly_the_pages_they_were_made_of(pages: set[int], limit
         assert covered == ascending
         assert len(found) == (breaks + 1 if ascending else 0)
     assert all(type(n) is int for pair in found for n in pair)
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "order", "expected"),
+    [
+        ((5000, 5000), 8, "C", 40000),
+        ((300, 5000), 8, "F", 0),
+        ((5000, 300), 8, "F", 40000),
+        ((20, 1024), 8, "C", 8192),
+        ((20, 1023), 8, "C", 0),
+        ((100, 200, 300), 8, "C", 200 * 300 * 8),
+        ((100, 2000, 300), 8, "F", 100 * 2000 * 8),
+        ((10, 2000, 2), 8, "C", 32000),
+        ((1 << 20,), 8, "C", 0),
+        ((), 8, "C", 0),
+        ((0, 5000), 8, "C", 40000),
+        ((5000, 0), 8, "C", 0),
+    ],
+)
+def test_how_far_apart_are_the_rows_of_a_new_array(
+    shape: tuple[int, ...], itemsize: int, order: Literal["C", "F"], expected: int
+) -> None:
+    found = row_bytes(shape, itemsize, order, 4096)
+    assert found == expected
+    if found and 0 not in shape:
+        assert found in np.empty(shape, f"V{itemsize}", order).strides

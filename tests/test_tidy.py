@@ -43,7 +43,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "core.swapmap",
         ),
     ),
-    ("1, streams of faults over them", ("core.readahead",)),
+    ("1, streams of faults over them", ("core.stream",)),
+    ("1, what those are worth reading", ("core.readahead",)),
     (
         "1, what regions share, and what is worth keeping",
         ("core.family", "core.hold", "core.policy"),
@@ -54,6 +55,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("2, a worker's part in a takeover", ("core.election",)),
     ("2, steps that several paths share", ("core.page", "core.victim")),
     ("2, steps made of those", ("core.clean", "core.mapping")),
+    ("2, more of those at once", ("core.neighbours",)),
     ("2, ranges of pages, and readahead carried out", ("core.ahead", "core.evict")),
     ("2, the bytes of copies", ("core.run",)),
     ("2, copies on write", ("core.copy",)),

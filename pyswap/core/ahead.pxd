@@ -28,9 +28,10 @@ from pyswap.core.lock cimport FP_FILL_LOCKED, failpoint_visit, load32
 from pyswap.core.mapping cimport gather_zero
 from pyswap.core.page cimport fill_install, fill_undo, slot_check, slots_read, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_is_frame, pte_is_slot, pte_read, pte_slot
-from pyswap.core.readahead cimport absolute, request_begin, row_end, stream_fell_short, way_t
+from pyswap.core.readahead cimport request_begin, row_end, stream_fell_short, way_t
 from pyswap.core.region cimport PAGE_MASK, life_drop, life_hold, life_is, region_lookup, region_page
 from pyswap.core.store cimport store_punch, store_write
+from pyswap.core.stream cimport absolute
 
 cdef enum:
     READ_OVER_BYTES = 1 << 15   # between pages of one read: a read of its own costs as much as some more

@@ -36,15 +36,8 @@ from pyswap.core.layout cimport (
     worker_id,
 )
 from pyswap.core.lock cimport FP_MAP_BEFORE, failpoint_visit, load32, now_ns
-from pyswap.core.mapping cimport (
-    frame_used,
-    map_around,
-    map_for_others,
-    map_onward,
-    map_rows,
-    map_run,
-    unprotect_around,
-)
+from pyswap.core.mapping cimport frame_used, map_for_others, map_run
+from pyswap.core.neighbours cimport map_around, map_onward, map_rows, unprotect_around
 from pyswap.core.order cimport unread_text, unwritten_text
 from pyswap.core.page cimport ACQUIRED, STALE, STARVED, page_acquire, spare_give_back, wanted_t
 from pyswap.core.pagetable cimport PTE_EMPTY, pte_read

@@ -97,8 +97,6 @@ cdef struct waiters_t:          # whom to wake once a lock has ended
     object_id object
 
 
-# make, ask, take
-
 cdef inline int word_state(uint64_t word) noexcept nogil:
     return <int>(word & STATE_MASK)
 
