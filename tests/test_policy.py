@@ -80,6 +80,38 @@ def test_is_a_page_that_comes_back_mapped_for_all_who_use_its_array() -> None:
 
 
 @pytest.mark.core
+def test_do_hot_pages_that_are_wanted_no_more_make_room() -> None:
+    """Each page of a new array is wanted twice, half of memory after the first time."""
+    frames, step = 1024, 448
+    with pyswap.Pool(frames * PAGE_BYTES, "80 MiB", page_size=PAGE_BYTES) as pool:
+        hot = all_hot(pool, frames)
+        a = filled(pool, 16 * frames)
+        starts = range(0, len(a) - 2 * step, step)
+        for first in starts:
+            if first == starts[len(starts) // 2]:
+                before = pool.stats().slot_reads
+            rows = a[first : first + 2 * step]
+            assert (rows[:, 0] == np.arange(first + 1, first + 1 + 2 * step)).all()
+        reads = (pool.stats().slot_reads - before) / (starts[-1] - starts[len(starts) // 2] + step)
+        print(f"each page was read {reads:.2f} times")
+        assert reads <= 1.25
+        assert hot[0, 0] == 1
+
+
+@pytest.mark.core
+def test_is_most_of_a_loop_over_a_little_more_than_fits_kept() -> None:
+    frames, rounds = 4096, 10
+    with pyswap.Pool(frames * PAGE_BYTES, "64 MiB", page_size=PAGE_BYTES) as pool:
+        a = all_hot(pool, frames)
+        before = pool.stats().slot_reads
+        for _ in range(rounds):
+            assert (a[:, 0] == np.arange(1, len(a) + 1)).all()
+        reads = (pool.stats().slot_reads - before) / rounds / len(a)
+        print(f"{100 * reads:.0f} % of its pages were read each time")
+        assert reads <= 0.65
+
+
+@pytest.mark.core
 def test_does_a_lower_budget_take_hot_pages_too() -> None:
     frames = 1024
     with pyswap.Pool(frames * PAGE_BYTES, "64 MiB", page_size=PAGE_BYTES) as pool:

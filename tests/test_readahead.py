@@ -174,6 +174,105 @@ def test_is_a_block_of_a_matrix_read_ahead(
     assert any(major <= 0.1 and ahead <= 1.3 for major, ahead in passes)
 
 
+ROW_WORDS, BLOCK_WORDS = 3344, 418
+
+
+@pytest.fixture
+def matrix() -> Iterator[tuple[pyswap.Pool, Any]]:
+    """A pool of 2,048 frames and a matrix in swap whose rows are six and a half pages long."""
+    with pyswap.Pool(FRAMES * 4096, "64 MiB", page_size=4096) as pool:
+        a = pool.empty((400, ROW_WORDS), np.int64)
+        for row in range(len(a)):
+            a[row] = np.arange(row, row + ROW_WORDS)
+        pool.advise(a, "pageout")
+        yield pool, a
+        pool.check()
+
+
+def faults_of(pool: pyswap.Pool, work: Callable[[], object]) -> tuple[int, int, int, int]:
+    """Return the major, minor and write faults of some work, and how many pages were read ahead."""
+    before = pool.stats()
+    work()
+    after = pool.stats()
+    names = ("major_faults", "minor_faults", "write_faults", "readahead_pages")
+    major, minor, write, ahead = (getattr(after, name) - getattr(before, name) for name in names)
+    print(f"{major} major, {minor} minor and {write} write faults, {ahead} pages read ahead")
+    return major, minor, write, ahead
+
+
+def read_rows(a: Any, rows: Iterable[int], columns: slice) -> None:
+    """Read a part of some rows, and see that it is right."""
+    for row in rows:
+        assert (a[row, columns] == np.arange(row, row + ROW_WORDS)[columns]).all()
+
+
+def block_columns(number: int) -> slice:
+    return slice(number * BLOCK_WORDS, (number + 1) * BLOCK_WORDS)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_is_a_block_followed_past_the_pages_that_it_has_in_common_with_another(
+    matrix: tuple[pyswap.Pool, Any], sign: int
+) -> None:
+    """After the block beside it two rows in five have a page that is out, at any column."""
+    pool, a = matrix
+
+    def pass_over(number: int) -> tuple[float, float]:
+        pool.advise(a, "pageout")
+        read_rows(a, range(len(a)), block_columns(number))
+        out = int((~pool.residency(a[:, block_columns(number + 1)])).sum())
+        rows = range(len(a))[::sign]
+        columns = block_columns(number + 1)
+        major, _, _, ahead = faults_of(pool, lambda: read_rows(a, rows, columns))
+        print(f"{out} pages were out")
+        assert out > 300
+        return major / out, (major + ahead) / out
+
+    # A busy machine may keep the readahead threads from the processor for a while.
+    passes = [pass_over(number) for number in (0, 1, 2, 3, 4)]
+    assert any(major <= 0.1 and read <= 1.2 for major, read in passes)
+
+
+def test_are_rows_that_are_left_out_of_a_matrix_not_read(
+    matrix: tuple[pyswap.Pool, Any],
+) -> None:
+    """Every third row is read: those between are near enough to be a block's."""
+    pool, a = matrix
+    columns = slice(100, 200)
+    pages = {(row * ROW_WORDS + c) // 512 for row in range(0, len(a), 3) for c in (100, 199)}
+    major, _, _, ahead = faults_of(pool, lambda: read_rows(a, range(0, len(a), 3), columns))
+    assert major <= 0.4 * len(pages)
+    assert major + ahead <= 1.2 * len(pages)
+
+
+def test_is_a_block_written_by_rows_at_a_time() -> None:
+    """Zeros are made for the next rows of a new block; then protection is lifted from them."""
+    with pyswap.Pool(FRAMES * 4096, "64 MiB", page_size=4096) as pool:
+        a = pool.empty((400, ROW_WORDS), np.int64)
+        block = a[:, block_columns(3)]
+
+        def write(value: int) -> None:
+            for row in range(len(block)):
+                block[row] = value + row
+
+        pages = 0
+        for value in (1, 1000):
+            if pages:
+                pool.advise(a, "pageout")
+                assert block.sum() > 0
+            _, minor, protected, _ = faults_of(pool, lambda value=value: write(value))
+            pages = int(pool.residency(block).sum())
+            assert pages > 700
+            assert minor <= 0.1 * pages
+            assert protected <= (0.1 * pages if value > 1 else 0)
+            # Few more than were written, at the end of the block.
+            assert pool.stats().resident_pages <= pages + 16 * 3
+        pool.advise(a, "pageout")
+        assert (block == 1000 + np.arange(400)[:, None]).all()
+        assert not a[:, 4 * BLOCK_WORDS :].any()
+        pool.check()
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     ("stride", "steps", "most"), [(1, 60, 120), (2, 60, 120), (3, 30, 60), (2, 300, 128)]

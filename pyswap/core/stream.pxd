@@ -190,7 +190,8 @@ cdef inline bint far_takes(pool_t *pool, region_id r, stream_t *s, int64_t posit
         s.confirmed += <uint32_t>steps
         return True
     if s.confirmed >= LONG_STREAM:
-        stream_begin(s, position, s.stride, CONFIRM, s.width)
+        # Where rows are known, it will be seen what of them is touched this time.
+        stream_begin(s, position, s.stride, CONFIRM, 0 if row_bytes(pool, r) else s.width)
         return True
     stream_begin(s, position, delta, 1, 0)
     return False
