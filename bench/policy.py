@@ -72,6 +72,15 @@ def traces(frames: int, seed: int) -> Iterator[Trace]:
     yield Trace("a loop over 1.2x", np.tile(loop, 12), 4 * len(loop))
     yield Trace("a scan alone of 10x", np.arange(10 * frames), 0)
     yield Trace("uniform over 4x", rng.integers(0, 4 * frames, 40 * frames), 8 * frames)
+    half = frames * 7 // 16
+    starts = range(len(loop), len(loop) + 20 * frames, half)
+    windows = [first + np.arange(2 * half) for first in starts]
+    yield Trace(
+        "after it, 0.9x that moves on",
+        np.concatenate([np.tile(loop, 4), *windows]),
+        4 * len(loop),
+        half * (len(windows) + 1),
+    )
     phases = [start + rng.integers(0, frames * 3 // 4, 20 * frames) for start in (0, frames)]
     yield Trace("two phases of 0.75x", np.concatenate(phases), 0)
 

@@ -10,6 +10,10 @@ which is seen, as it was protected for that, would have come back if it had left
 HOT frames stand in a queue, in about the order in which they became so, and are at most three quarters of all: beyond
 that one of the elder half is ordinary again, with one more turn of the hand to prove itself.  Which one is left to
 chance, since in a loop over a little more than fits the eldest is the one that will be wanted next.
+
+How many may be HOT moves with what that saves.  What has been HOT, and was made ordinary to make room, says so in its
+page table entry when it goes.  Where few of those come back, they were wanted no more, and the share of memory that
+they have is lost to the others: the limit goes down, as long as a frame more for these would save more reads.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -55,10 +59,14 @@ cdef inline uint64_t hot_most(pool_t *pool) noexcept nogil:
     return frames - frames // 4
 
 
+cdef inline uint64_t hot_range(pool_t *pool) noexcept nogil:
+    """How far the limit may be below that: an eighth of memory is left."""
+    return hot_most(pool) - load64(&pool.header.memory_pages) // 8
+
+
 cdef inline uint64_t hot_limit(pool_t *pool) noexcept nogil:
     """How many frames may be HOT; under hot_lock."""
-    cdef uint64_t most = hot_most(pool), least = load64(&pool.header.memory_pages) // 8
-    return most - pool.hot_less if pool.hot_less + least < most else least
+    return hot_most(pool) - min(pool.hot_less, hot_range(pool))
 
 
 cdef inline void hot_shed(pool_t *pool, uint64_t most) noexcept nogil:
@@ -105,7 +113,7 @@ cdef inline void evictions_note(pool_t *pool, uint32_t were_hot, uint32_t others
             pool.returned[i] //= 2
     worth = HOT_WEIGHT * (pool.returned[1] + 1)
     if worth < 2 * (pool.left[1] + 2) and worth * (pool.left[0] + 2) < (pool.returned[0] + 1) * (pool.left[1] + 2):
-        pool.hot_less = min(pool.hot_less + step, hot_most(pool))
+        pool.hot_less = min(pool.hot_less + step, hot_range(pool))
         hot_shed(pool, hot_limit(pool))
     else:
         pool.hot_less -= min(pool.hot_less, step)
