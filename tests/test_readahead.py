@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -238,11 +240,17 @@ def test_are_rows_that_are_left_out_of_a_matrix_not_read(
 ) -> None:
     """Every third row is read: those between are near enough to be a block's."""
     pool, a = matrix
-    columns = slice(100, 200)
-    pages = {(row * ROW_WORDS + c) // 512 for row in range(0, len(a), 3) for c in (100, 199)}
-    major, _, _, ahead = faults_of(pool, lambda: read_rows(a, range(0, len(a), 3), columns))
-    assert major <= 0.4 * len(pages)
-    assert major + ahead <= 1.2 * len(pages)
+    rows, columns = range(0, len(a), 3), slice(100, 200)
+    pages = {(row * ROW_WORDS + c) // 512 for row in rows for c in (100, 199)}
+
+    def pass_over() -> float:
+        pool.advise(a, "pageout")
+        major, _, _, ahead = faults_of(pool, lambda: read_rows(a, rows, columns))
+        assert major + ahead <= 1.2 * len(pages)
+        return major / len(pages)
+
+    # A busy machine may keep the readahead threads from the processor for a while.
+    assert min(pass_over() for _ in range(3)) <= 0.2
 
 
 def test_is_a_block_written_by_rows_at_a_time() -> None:
@@ -645,6 +653,32 @@ def test_is_nothing_mapped_of_another_array_where_a_streams_own_has_ended(
         assert other.ask([page]) == [page + 1]
         mapped = [mappers_of(pool, row) == 2 for row in newer]
         assert not any(mapped)
+
+
+@pytest.mark.failpoint
+def test_are_no_pages_made_of_another_array_where_a_faults_own_region_has_ended() -> None:
+    """The process is killed while its fault is served; its region's number is the next one's."""
+    with pyswap.Pool("8 MiB", "16 MiB", page_size=4096) as pool:
+        a = pool.zeros((512, 512), np.int64)
+
+        def touch(pages: range) -> None:
+            for page in pages:
+                a[page, 3] = 1
+
+        with (
+            actors(1, touch) as (writer,),
+            Failpoint(pool, "map_before", "park", skip=2) as point,
+        ):
+            writer.tell(range(3))
+            until(lambda: bool(point.parked), "the third fault, a stream's, is parked")
+            os.kill(writer.pid, signal.SIGKILL)
+            until(lambda: pool.stats().workers == 1, "the process is seen to be gone")
+            newer = pool.zeros((512, 512), np.int64)
+            point.release()
+            wait_unlocked(pool, a[2])
+            assert pool.residency(a[2:3]).all()
+            assert not pool.residency(newer).any()
+        pool.check()
 
 
 @pytest.mark.parametrize("step", [1, -1])

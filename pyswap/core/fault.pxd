@@ -29,6 +29,7 @@ from pyswap.core.layout cimport (
     C_ZERO_FILLS,
     FRAME_NONE,
     MAX_COPY_PAGES,
+    REGION_NONE,
     area_t,
     frame_id,
     region_id,
@@ -81,7 +82,6 @@ cdef struct fault_t:            # a fault, or a pin of one page, on its way
     region_t region             # as it was when the fault was read
     int64_t index
     way_t way                   # of the stream that it continues
-    bint fed                    # readahead knows of it
     bint write
     bint protected              # it is mapped, and the write met its protection
     bint gathered               # pages beside it were brought in, to be copied with it
@@ -129,14 +129,19 @@ cdef inline void fault_map(
         frame_set_dirty(pool, &pool.frames[f])
         frame_used(pool, &pool.frames[f])
         rewrite_note(pool, f)
-        unprotect_around(pool, r, region, index, &fault.way)
+        if life_hold(&pool.regions[r].word, generation):
+            unprotect_around(pool, r, region, index, &fault.way)
+            life_drop(&pool.regions[r].word)
         rc = engine_unprotect(pool, r, generation, index, 1)
     else:
         # Neighbours first: woken before, the thread would fault at each of them while this one looks for frames.
-        if region.advice != ADVICE_RANDOM:
-            rest = map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
-        if fault.way.gap:
-            map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
+        # The region is held, or its number may be another array's, whose pages would be made in this one's name.
+        if life_hold(&pool.regions[r].word, generation):
+            if region.advice != ADVICE_RANDOM:
+                rest = map_around(pool, &fault.want, r, region, index, fault.way.direction, fault.write)
+            if fault.way.gap:
+                map_rows(pool, &fault.want, r, region, index, &fault.way, fault.write)
+            life_drop(&pool.regions[r].word)
         rc = map_run(pool, r, generation, index, &f, 1, fault.write)
         if rc == 0 and rest:
             map_onward(pool, r, region, index, rest, fault.write)
@@ -352,6 +357,8 @@ cdef inline void fault_resolve(
     pool_t *pool, worker_id worker, uint64_t address, uint64_t flags, uint8_t *buffer, bint patient
 ) noexcept nogil:
     cdef fault_t fault
+    cdef region_id fed = <region_id>REGION_NONE
+    cdef uint32_t fed_generation = 0
     cdef outcome result = AGAIN
     cdef int rc = 0
     fault.worker = worker
@@ -366,11 +373,11 @@ cdef inline void fault_resolve(
     fault.want.patient = patient
     fault.want.error = 0
     fault.want.deadline_ns = now_ns() + <uint64_t>pool.header.frame_wait_ms * 1_000_000
-    fault.fed = False
     while result == AGAIN and fault_find(pool, &fault):
-        # Readahead first, so that it goes on while this page is read.
-        if not fault.fed:
-            fault.fed = True
+        # Readahead first, so that it goes on while this page is read; again where another region is there by now.
+        if fault.r != fed or fault.generation != fed_generation:
+            fed = fault.r
+            fed_generation = fault.generation
             detector_feed(
                 pool, fault.r, fault.generation, <int64_t>(fault.address - fault.region.address), &fault.way
             )

@@ -8,7 +8,7 @@ from pyswap.core.backing cimport has_file
 from pyswap.core.context cimport pool_t
 from pyswap.core.engine cimport engine_unprotect, page_unlock
 from pyswap.core.frame cimport DIRTY, LOCKED, frame_has, frame_set_dirty
-from pyswap.core.layout cimport frame_id, page_id, region_id, region_t
+from pyswap.core.layout cimport MAX_AROUND_PAGES, frame_id, page_id, region_id, region_t
 from pyswap.core.lock cimport FP_MAP_ONWARD, failpoint_visit, load64
 from pyswap.core.mapping cimport frame_used, gather_zero, map_resident, map_run, neighbour_lock
 from pyswap.core.page cimport wanted_t
@@ -38,7 +38,7 @@ cdef inline uint32_t map_zeros(
         return 0
     near.page = region_page(pool, r, index) & PAGE_MASK
     near.index = <uint64_t>index
-    n = gather_zero(pool, &near, r, limit, write, zeroed)
+    n = gather_zero(pool, &near, r, min(limit, <uint32_t>MAX_AROUND_PAGES), write, zeroed)
     if n:
         map_run(pool, r, generation, index, zeroed, n, write)
     for i in range(n):
@@ -90,7 +90,7 @@ cdef inline void map_rows(
     for n in range(<uint32_t>MAPPED_ROWS):
         end = row_end(pool, row, way.width, <int64_t>region.pages)
         if index < end:
-            index = map_resident(pool, r, generation, index, end, write)
+            index = map_resident(pool, r, generation, index, end, write and n < MADE_ROWS)
         if index < end and makes and n < MADE_ROWS:
             map_zeros(pool, want, r, generation, index, <uint32_t>(end - index), write)
         index = next_row(pool, region, way, &row)
@@ -165,7 +165,7 @@ cdef inline uint32_t unprotect_run(
     cdef frame_id run[256]
     cdef uint32_t n = 0, i
     cdef int64_t next = index
-    while n < limit and 0 <= next < <int64_t>region.pages:
+    while n < min(limit, <uint32_t>MAX_AROUND_PAGES) and 0 <= next < <int64_t>region.pages:
         if not neighbour_lock(pool, r, next, region_page(pool, r, next) & PAGE_MASK, True, True, &run[n]):
             break
         if frame_has(&pool.frames[run[n]], DIRTY) and not region.is_private:

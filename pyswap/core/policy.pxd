@@ -105,6 +105,8 @@ cdef inline void evictions_note(pool_t *pool, uint32_t were_hot, uint32_t others
     if were_hot + others == 0:
         return
     mutex_lock(&pool.hot_lock)
+    # The budget may be lower than it was.
+    pool.hot_less = min(pool.hot_less, hot_range(pool))
     pool.left[0] += others
     pool.left[1] += were_hot
     if pool.left[0] + pool.left[1] > 2 * load64(&pool.header.memory_pages):

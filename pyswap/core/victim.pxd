@@ -136,7 +136,8 @@ cdef inline void victims_free(pool_t *pool, victim_t *victims, uint32_t n) noexc
         # An eviction that was asked for says nothing about the page's worth.
         time = 0 if frame_has(frame, COLD) else now
         was_hot = frame_has(frame, WAS_HOT) and not frame_has(frame, HOT)
-        if time:
+        # What is over, or has left no time behind, cannot be seen to come back.
+        if time and frame.slot != SLOT_NONE:
             were_hot += was_hot
             others += not was_hot
         if not pte_change(
