@@ -1,4 +1,4 @@
-"""Which pages the bytes of an array view overlap."""
+"""Where an array lies on pages: which ones a view's bytes overlap, and how far apart rows are."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 __all__ = ["overlapped_pages", "row_bytes", "runs"]
 
-ROW_PAGES = 2
-"""Rows of fewer pages are as good as neighbours."""
+LEAST_ROW_PAGES = 2
+"""Rows that are closer to each other are as good as neighbours."""
 
 
 def row_bytes(
     shape: Sequence[int], itemsize: int, order: Literal["C", "F"], page_bytes: int
 ) -> int:
-    """Compute how far apart the rows of a new array are: its first stride of more than two pages.
+    """Compute how far apart the rows of a new array are: its first stride of two pages or more.
 
     That is what a block of it, or a column, is followed by. 0: it has no such rows.
     """
@@ -25,7 +25,7 @@ def row_bytes(
     lengths = shape[::-1] if order == "C" else shape
     for n in lengths[:-1]:
         stride *= n
-        if stride >= ROW_PAGES * page_bytes:
+        if stride >= LEAST_ROW_PAGES * page_bytes:
             return stride
     return 0
 

@@ -27,15 +27,15 @@ cdef inline bint is_untouched(pool_t *pool, wanted_t *want, region_id r, int64_t
     return pte_read(pool, region_page(pool, r, index) & PAGE_MASK) == PTE_EMPTY and not has_file(pool, want.object)
 
 
-cdef inline uint32_t map_zeros(
+cdef inline void map_zeros(
     pool_t *pool, wanted_t *want, region_id r, uint32_t generation, int64_t index, uint32_t limit, bint write
 ) noexcept nogil:
-    """Map untouched neighbours of what is wanted, from an index on, filled with zeros; returns how many."""
+    """Map untouched neighbours of what is wanted, from an index on, filled with zeros."""
     cdef frame_id zeroed[256]
     cdef uint32_t n, i
     cdef wanted_t near = want[0]
     if not is_untouched(pool, want, r, index):
-        return 0
+        return
     near.page = region_page(pool, r, index) & PAGE_MASK
     near.index = <uint64_t>index
     n = gather_zero(pool, &near, r, min(limit, <uint32_t>MAX_AROUND_PAGES), write, zeroed)
@@ -43,7 +43,6 @@ cdef inline uint32_t map_zeros(
         map_run(pool, r, generation, index, zeroed, n, write)
     for i in range(n):
         page_unlock(pool, &pool.frames[zeroed[i]])
-    return n
 
 
 cdef inline uint32_t untouched_before(pool_t *pool, region_id r, int64_t index, uint32_t limit) noexcept nogil:
@@ -68,7 +67,7 @@ cdef inline uint32_t resident_before(pool_t *pool, region_id r, int64_t index, u
 
 
 cdef inline int64_t next_row(pool_t *pool, region_t *region, way_t *way, int64_t *row) noexcept nogil:
-    """The index of the next row's first page; -1 behind the array's end."""
+    """The index of the next row's first page; -1 outside the array."""
     cdef int64_t index
     row[0] += way.gap
     index = row[0] >> pool.page_shift

@@ -89,7 +89,7 @@ cdef inline void stream_begin(
 
 
 cdef inline int64_t row_bytes(pool_t *pool, region_id r) noexcept nogil:
-    """How far apart an array's rows are, where that is known and more than two pages; else 0."""
+    """How far apart an array's rows are, where that is known, and two pages or more; else 0."""
     return <int64_t>pool.objects[pool.regions[r].object].row_bytes
 
 
