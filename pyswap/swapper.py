@@ -611,8 +611,9 @@ class Server:
         sparse = bool(message.get("sparse"))
         private = sparse or bool(message.get("private"))
         name = protocol.text_of(message, "name")
-        row = protocol.count_of(message, "row")
-        o = self.objects.create(size, name, private=private, sparse=sparse, row_bytes=row)
+        o = self.objects.create(
+            size, name, private=private, sparse=sparse, row_bytes=_row_of(message)
+        )
         worker.regions[address] = self.objects.map(worker.number, o, address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 
@@ -778,8 +779,8 @@ class Server:
                 raise ValueError("the file is shorter than the array")
             stamp = protocol.count_of(message, "stamp")
             backing = Backing(fds[0], bool(message.get("read_only")), offset, stamp)
-            name, row = protocol.text_of(message, "name"), protocol.count_of(message, "row")
-            o = self.objects.create(size, name, backing=backing, row_bytes=row)
+            name = protocol.text_of(message, "name")
+            o = self.objects.create(size, name, backing=backing, row_bytes=_row_of(message))
         worker.regions[address] = self.objects.map(worker.number, o, address)
         return {"object": o.number, "generation": o.generation, "base": o.base}
 
@@ -1049,6 +1050,11 @@ class Server:
         if any(count < 1 or first + count > region.object.pages for first, count in rows):
             raise ValueError("a range of pages beyond the array")
         return [(first, count) for first, count in rows]
+
+
+def _row_of(message: Message) -> int:
+    """How far apart the rows of a new array are; 0: that is not said."""
+    return protocol.count_of(message, "row") if "row" in message else 0
 
 
 def _inherited(message: Message) -> list[list[int]]:
