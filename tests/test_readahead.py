@@ -227,12 +227,12 @@ def test_is_a_block_followed_past_the_pages_that_it_has_in_common_with_another(
         columns = block_columns(number + 1)
         major, _, _, ahead = faults_of(pool, lambda: read_rows(a, rows, columns))
         print(f"{out} pages were out")
-        assert out > 300
+        assert out > 200
         return major / out, (major + ahead) / out
 
     # A busy machine may keep the readahead threads from the processor for a while.
     passes = [pass_over(number) for number in (0, 1, 2, 3, 4)]
-    assert any(major <= 0.1 and read <= 1.2 for major, read in passes)
+    assert any(major <= 0.15 and read <= 1.2 for major, read in passes)
 
 
 def test_are_rows_that_are_left_out_of_a_matrix_not_read(
