@@ -75,11 +75,13 @@ def traces(frames: int, seed: int) -> Iterator[Trace]:
     half = frames * 7 // 16
     starts = range(len(loop), len(loop) + 20 * frames, half)
     windows = [first + np.arange(2 * half) for first in starts]
+    # Until the loop's pages have made room.
+    settled = 16
     yield Trace(
         "after it, 0.9x that moves on",
         np.concatenate([np.tile(loop, 4), *windows]),
-        4 * len(loop),
-        half * (len(windows) + 1),
+        4 * len(loop) + settled * 2 * half,
+        half * (len(windows) - settled),
     )
     phases = [start + rng.integers(0, frames * 3 // 4, 20 * frames) for start in (0, frames)]
     yield Trace("two phases of 0.75x", np.concatenate(phases), 0)
