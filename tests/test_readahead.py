@@ -45,22 +45,31 @@ def swapped_out() -> Iterator[Callable[[int], tuple[Any, Any]]]:
         pool.close()
 
 
+def faults_of(pool: pyswap.Pool, work: Callable[[], object]) -> tuple[int, int, int, int]:
+    """Return the major, minor and write faults of some work, and how many pages were read ahead."""
+    before = pool.stats()
+    work()
+    after = pool.stats()
+    names = ("major_faults", "minor_faults", "write_faults", "readahead_pages")
+    major, minor, write, ahead = (getattr(after, name) - getattr(before, name) for name in names)
+    print(f"{major} major, {minor} minor and {write} write faults, {ahead} pages read ahead")
+    return major, minor, write, ahead
+
+
 def scan(pool: Any, a: Any, pages: Iterable[int], patient: bool = False) -> tuple[int, int, int]:
     """Touch pages in order; returns how many major faults, faults and read-ahead pages it took.
 
     Where it is patient it does not overtake a fault that maps its neighbours still.
     """
-    before = pool.stats()
-    for page in pages:
-        assert a[page, 7] == page + 1
-        if patient:
-            wait_unlocked(pool, a[page])
-    after = pool.stats()
-    major = after.major_faults - before.major_faults
-    faults = major + after.minor_faults - before.minor_faults
-    ahead = after.readahead_pages - before.readahead_pages
-    print(f"{major} major faults of {faults}, {ahead} pages read ahead")
-    return major, faults, ahead
+
+    def touch() -> None:
+        for page in pages:
+            assert a[page, 7] == page + 1
+            if patient:
+                wait_unlocked(pool, a[page])
+
+    major, minor, _, ahead = faults_of(pool, touch)
+    return major, major + minor, ahead
 
 
 def best_cold_scan(pool: Any, a: Any, pages: range, most: float) -> tuple[int, int]:
@@ -189,17 +198,6 @@ def matrix() -> Iterator[tuple[pyswap.Pool, Any]]:
         pool.advise(a, "pageout")
         yield pool, a
         pool.check()
-
-
-def faults_of(pool: pyswap.Pool, work: Callable[[], object]) -> tuple[int, int, int, int]:
-    """Return the major, minor and write faults of some work, and how many pages were read ahead."""
-    before = pool.stats()
-    work()
-    after = pool.stats()
-    names = ("major_faults", "minor_faults", "write_faults", "readahead_pages")
-    major, minor, write, ahead = (getattr(after, name) - getattr(before, name) for name in names)
-    print(f"{major} major, {minor} minor and {write} write faults, {ahead} pages read ahead")
-    return major, minor, write, ahead
 
 
 def read_rows(a: Any, rows: Iterable[int], columns: slice) -> None:
