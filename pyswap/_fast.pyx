@@ -14,6 +14,7 @@ from posix.stdlib cimport posix_memalign
 
 from pyswap.core cimport layout
 from pyswap.core.ahead cimport ahead_serve, cluster_pages
+from pyswap.core.buffer cimport buffer_take
 from pyswap.core.checksum cimport checksum_of
 from pyswap.core.context cimport (
     attached_t,
@@ -51,6 +52,7 @@ from pyswap.core.kernel cimport (
     poll_rearm,
     poll_remove,
     poll_wait,
+    uffd_for_copies,
     uffd_protect,
     uffd_read,
     uffd_wake,
@@ -313,6 +315,7 @@ cdef class Swapper:
         if pool.store == NULL:
             raise_errno(-errno, "pyswap: the page store cannot be mapped")
         not_inherited(pool.store, self.store_size)
+        pool.store_uffd = uffd_for_copies(pool.store, self.store_size)
         pool.header = <header_t *>base
         pool.frames = <frame_t *>(base + <uint64_t>offsets["frames"])
         pool.workers = <worker_t *>(base + <uint64_t>offsets["workers"])
@@ -1180,7 +1183,7 @@ cdef void beat_loop(pool_t *pool, uint32_t period_ms, uint64_t stuck_ns) noexcep
 
 
 cdef void fault_loop(pool_t *pool) noexcept nogil:
-    cdef uint8_t *buffer = make_buffer(pool.page_bytes * cluster_pages(pool))
+    cdef uint8_t *buffer = buffer_take(pool, pool.page_bytes * cluster_pages(pool))
     cdef uint64_t data = 0, address = 0, flags = 0
     cdef uint32_t w, generation, me = add32(&pool.fault_threads, 1)
     cdef int uffd, n
@@ -1205,11 +1208,10 @@ cdef void fault_loop(pool_t *pool) noexcept nogil:
         if n == 1:
             fault_resolve(pool, w, address, flags, buffer, False)
         store64(&pool.fault_begun[me], 0)
-    free(buffer)
 
 
 cdef void starved_loop(pool_t *pool) noexcept nogil:
-    cdef uint8_t *buffer = make_buffer(pool.page_bytes * cluster_pages(pool))
+    cdef uint8_t *buffer = buffer_take(pool, pool.page_bytes * cluster_pages(pool))
     cdef starved_t fault
     cdef uint32_t sequence
     while not load32(&pool.stop):
@@ -1218,11 +1220,10 @@ cdef void starved_loop(pool_t *pool) noexcept nogil:
             fault_resolve(pool, fault.worker, fault.address, fault.flags, buffer, True)
         else:
             futex_wait(&pool.starved_sequence, sequence, 500_000_000)
-    free(buffer)
 
 
 cdef void ahead_loop(pool_t *pool) noexcept nogil:
-    cdef uint8_t *buffer = make_buffer(pool.page_bytes * pool.chunk_limit)
+    cdef uint8_t *buffer = buffer_take(pool, pool.page_bytes * pool.chunk_limit)
     cdef request_t request
     cdef uint32_t sequence
     while not load32(&pool.stop):
@@ -1231,7 +1232,6 @@ cdef void ahead_loop(pool_t *pool) noexcept nogil:
             ahead_serve(pool, &request, buffer)
         else:
             futex_wait(&pool.requests_sequence, sequence, 500_000_000)
-    free(buffer)
 
 
 include "_fast_takeover.pxi"

@@ -68,7 +68,7 @@ def page_record(Control control, uint64_t page):
 
 # System calls that a test has fail, counted in a file that all processes of a run have in common.
 CALL_NAMES = (
-    "pread", "pwrite", "fallocate", "punch", "mmap", "register", "continue", "protect", "userfaultfd",
+    "pread", "pwrite", "fallocate", "punch", "mmap", "register", "continue", "protect", "userfaultfd", "copy",
 )
 CALL_RECORD = "=IIIII12x"   # the first and the last call to fail, their errno, how many were made, and failed
 

@@ -66,6 +66,8 @@ CALLS = [
     ("continue", errno.ENOMEM, TRIES),
     ("continue", errno.EAGAIN, TRIES),
     ("continue", errno.ENOENT, 1),
+    ("copy", errno.ENOMEM, 1),
+    ("copy", errno.EAGAIN, TRIES),
     ("protect", errno.ENOMEM, 1),
     ("protect", errno.EAGAIN, TRIES),
 ]

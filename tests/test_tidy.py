@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("0, words: atomics", ("core.lock",)),
     ("0, words: one process's own", ("core.context",)),
+    ("1, what threads read into", ("core.buffer",)),
     ("1, what is worth a look", ("core.area", "core.groups")),
     (
         "1, tables: one record type each, ignorant of each other",

@@ -89,6 +89,7 @@ cdef struct pool_t:
     uint32_t page_shift
     int control_fd
     int store_fd
+    int store_uffd              # of the alias, for runs of pages; -errno: this process may have none
     int area_fds[16]
     int poll_fd
     uint32_t stop
@@ -96,6 +97,10 @@ cdef struct pool_t:
     uint64_t fault_begun[16]    # when each of them took the fault that it is at; 0: at none
     uint32_t pressed            # reclaim is between its watermarks
     uint32_t memory_short       # a free frame had no memory: what is evicted next leaves some
+
+    mutex_t buffers_lock        # guards the two below
+    uint8_t *buffers            # what is left of the huge page that buffers are cut from
+    uint64_t buffers_bytes
 
     mutex_t free_lock           # guards the two below
     uint32_t free_count

@@ -40,7 +40,7 @@ cdef extern from *:
 
     /* In the order of CALL_NAMES in _fast_debug.pyx. */
     enum { CALL_PREAD, CALL_PWRITE, CALL_FALLOCATE, CALL_PUNCH, CALL_MMAP, CALL_REGISTER, CALL_CONTINUE, CALL_PROTECT,
-           CALL_USERFAULTFD, CALLS };
+           CALL_USERFAULTFD, CALL_COPY, CALLS };
     #ifdef PYSWAP_DEBUG
     struct failing_call { uint32_t first, last, error, passed, failed, pad[3]; };
     static struct failing_call *failing_calls;
@@ -113,6 +113,27 @@ cdef extern from *:
         }
         return 0;
     }
+    /* Give the mapping of a file at [address, +length) to uffd_copy(); -errno where this process may not. */
+    static inline int uffd_for_copies(void *address, uint64_t length) {
+        struct uffdio_register r = { .range = { (uint64_t)address, length }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+        int user_only, fd = uffd_open(&user_only);
+        if (fd >= 0 && ioctl(fd, UFFDIO_REGISTER, &r) < 0) { int e = errno; close(fd); return -e; }
+        return fd;
+    }
+    /* Memory and bytes for a hole of the file, and its pages mapped there; what there was is -EEXIST. */
+    static inline int uffd_copy(int fd, uint64_t address, const void *from, uint64_t length) {
+        uint64_t done = 0;
+        int idle = 0;
+        while (done < length) {
+            struct uffdio_copy c = { .dst = address + done, .src = (uint64_t)from + done, .len = length - done,
+                                     .mode = UFFDIO_COPY_MODE_DONTWAKE };
+            if (!call_fails(CALL_COPY) && ioctl(fd, UFFDIO_COPY, &c) == 0) return 0;
+            if (errno == EAGAIN && c.copy > 0) { done += (uint64_t)c.copy; idle = 0; continue; }
+            if (errno == EAGAIN && ++idle < 100) continue;
+            return -errno;
+        }
+        return 0;
+    }
     static inline int uffd_protect(int fd, uint64_t address, uint64_t length, int on) {
         struct uffdio_writeprotect p = { .range = { address, length },
                                          .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0 };
@@ -158,6 +179,9 @@ cdef extern from *:
     }
     static inline void mapping_forget(void *start, uint64_t length) {
         madvise(start, (size_t)length, MADV_DONTNEED);
+    }
+    static inline void memory_wants_huge(void *start, uint64_t length) {
+        madvise(start, (size_t)length, MADV_HUGEPAGE);
     }
     /* All of the vector, or -errno; a read that ends early is EIO: the slot should be there.  Consumes v. */
     static inline int file_transfer(int writing, int fd, struct iovec *v, int count, uint64_t offset) {
@@ -215,9 +239,12 @@ cdef extern from *:
         UFFD_PAGEFAULT_FLAG_WP
     int calls_join(int fd) noexcept nogil       # the debug build's only
     bint call_fails(int kind) noexcept nogil
+    void memory_wants_huge(void *start, uint64_t length) noexcept nogil
     int uffd_open(int *user_only) noexcept nogil
     int uffd_register(int fd, uint64_t address, uint64_t length) noexcept nogil
     int uffd_continue(int fd, uint64_t address, uint64_t length, bint protect, int *existed) noexcept nogil
+    int uffd_for_copies(void *address, uint64_t length) noexcept nogil
+    int uffd_copy(int fd, uint64_t address, const void *source, uint64_t length) noexcept nogil
     int uffd_protect(int fd, uint64_t address, uint64_t length, bint on) noexcept nogil
     int uffd_wake(int fd, uint64_t address, uint64_t length) noexcept nogil
     int uffd_read(int fd, uint64_t *address, uint64_t *flags) noexcept nogil

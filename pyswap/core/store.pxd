@@ -6,9 +6,12 @@ that with SIGBUS.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyswap.core.context cimport pool_t
-from pyswap.core.kernel cimport file_allocate, file_punch, file_transfer, iovec, mapping_forget
+from pyswap.core.kernel cimport file_allocate, file_punch, file_transfer, iovec, mapping_forget, uffd_copy
 from pyswap.core.layout cimport page_id
 from pyswap.core.lock cimport FP_FALLOCATE, failpoint_visit, panic
+
+cdef enum:
+    COPY_RUN = 8                # pages; to unmap fewer costs more than to wait for the file's lock
 
 
 cdef inline int store_allocate(pool_t *pool, page_id page, uint32_t pages) noexcept nogil:
@@ -19,11 +22,37 @@ cdef inline int store_allocate(pool_t *pool, page_id page, uint32_t pages) noexc
     return file_allocate(pool.store_fd, page << pool.page_shift, <uint64_t>pages << pool.page_shift)
 
 
+cdef inline bint run_copied(pool_t *pool, page_id page, iovec *pieces, int count) noexcept nogil:
+    """Memory for a long run of pages and their bytes, without the file's lock, which all writes and punches share.
+
+    The pages are mapped in the alias by that, and are unmapped again, all at once: a punch would do so one by one.
+    False: the run is short, or could not be copied.
+    """
+    cdef uint8_t *begin = pool.store + (page << pool.page_shift)
+    cdef uint64_t bytes = 0, done = 0
+    cdef int k
+    for k in range(count):
+        bytes += pieces[k].iov_len
+    if pool.store_uffd < 0 or bytes < <uint64_t>COPY_RUN << pool.page_shift:
+        return False
+    for k in range(count):
+        if uffd_copy(pool.store_uffd, <uint64_t>begin + done, pieces[k].iov_base, pieces[k].iov_len) != 0:
+            break
+        done += pieces[k].iov_len
+    mapping_forget(begin, bytes)
+    return done == bytes
+
+
 cdef inline int store_write_from(pool_t *pool, page_id page, iovec *pieces, int count) noexcept nogil:
-    """Memory for pages and their bytes in one call, and no page is zeroed first.  Consumes the pieces."""
+    """Memory for pages and their bytes, and no page is zeroed first.  Consumes the pieces.
+
+    What is there of them already, of a copy that ended early or of whatever else, is written over.
+    """
     cdef int rc = failpoint_visit(pool.header, FP_FALLOCATE)
     if rc != 0:
         return rc
+    if run_copied(pool, page, pieces, count):
+        return 0
     return file_transfer(True, pool.store_fd, pieces, count, page << pool.page_shift)
 
 
