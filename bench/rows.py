@@ -51,8 +51,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 """What is measured, and on which peers, in the order of a round."""
 
 for _name, _more in (
-    ("sequential-read", ("device-read",)),
-    ("sequential-fill", ("device-write",)),
+    ("sequential-read", ("device-read", "device-read-small")),
+    ("sequential-fill", ("device-write", "device-write-small")),
     ("sequential-modify", ("memopro",)),
     ("random-read-1", ("pyswap-64k", "memopro", "device-4k-1")),
     ("random-read-4", ("device-4k-8",)),
