@@ -1,8 +1,8 @@
 """What a page costs on its way in: read into the store, or read into a buffer and written to it.
 
-Run by `python -m bench.fill_paths`.  CPU time of this process by GB, the two ways in turn; the
-read is O_DIRECT, from a file in the temporary folder, and the pages are punched again behind, as
-reclaim does.
+Run by `python -m bench.fill_paths`.  Time by GB, elapsed and this process's CPU time, the ways in
+turn; the read is O_DIRECT, from a file in the temporary folder, and the pages are punched again
+behind, as reclaim does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+
+from .limits import aligned
 
 _TOTAL = 1 << 30
 _PIECE = 1 << 20
@@ -38,25 +41,25 @@ def _punch(fd: int, offset: int, size: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def _measure(store: int, fill: Callable[[int], None]) -> float:
-    """CPU seconds by GB of filling the whole store piece by piece."""
-    before = _cpu_s()
+def _measure(store: int, fill: Callable[[int], None]) -> tuple[float, float]:
+    """Milliseconds by GB, elapsed and CPU time, of filling the whole store piece by piece."""
+    begin, before = time.perf_counter(), _cpu_s()
     for at in range(0, _TOTAL, _PIECE):
         fill(at)
         if at >= _RESIDENT * _PIECE:
             _punch(store, at - _RESIDENT * _PIECE, _PIECE)
     _punch(store, 0, _TOTAL)
-    return (_cpu_s() - before) / (_TOTAL / 1e9)
+    scale = 1e3 / (_TOTAL / 1e9)
+    return (time.perf_counter() - begin) * scale, (_cpu_s() - before) * scale
 
 
 def main() -> None:
-    """Print the medians, in milliseconds of CPU time by GB, and their ratio."""
+    """Print the medians, in milliseconds by GB."""
     folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()
     file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
-    buffer = mmap.mmap(-1, _PIECE)
-    buffer.write(os.urandom(_PIECE))
+    small, huge = (aligned(_PIECE, huge=huge).data for huge in (False, True))
     for at in range(0, _TOTAL, _PIECE):
-        os.pwrite(file, buffer, at)
+        os.pwrite(file, small, at)
     store = os.memfd_create("store")
     os.ftruncate(store, _TOTAL)
     alias = mmap.mmap(store, _TOTAL)
@@ -67,21 +70,28 @@ def main() -> None:
         os.posix_fallocate(store, at, _PIECE)
         os.preadv(file, [view[at : at + _PIECE]], at)
 
-    def through_a_buffer(at: int) -> None:
-        os.preadv(file, [buffer], at)
-        os.pwrite(store, buffer, at)
+    def through(buffer: memoryview) -> Callable[[int], None]:
+        def fill(at: int) -> None:
+            os.preadv(file, [buffer], at)
+            os.pwrite(store, buffer, at)
 
-    ways = {"straight": straight, "through a buffer": through_a_buffer}
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+        return fill
+
+    ways = {
+        "straight": straight,
+        "through a buffer": through(small),
+        "through one in a huge page": through(huge),
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, fill in ways.items():
-            taken[name].append(_measure(store, fill) * 1e3)
+            taken[name].append(_measure(store, fill))
     for name, times in taken.items():
+        elapsed, cpu = zip(*times, strict=True)
         print(
-            f"{name:18} {statistics.median(times):6.0f} ms/GB ({min(times):.0f}-{max(times):.0f})"
+            f"{name:27}{statistics.median(elapsed):6.0f} ms/GB ({min(elapsed):.0f}-"
+            f"{max(elapsed):.0f}), CPU {statistics.median(cpu):.0f}"
         )
-    pairs = zip(taken["through a buffer"], taken["straight"], strict=True)
-    print(f"ratio              {statistics.median(a / b for a, b in pairs):6.2f}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .native import load
 from .plan import ROW_BYTES, Plan
 
-__all__ = ["LIMITS", "SPOT_BYTES", "Limit"]
+__all__ = ["LIMITS", "SPOT_BYTES", "Limit", "aligned"]
 
 LARGE_BYTES = 1 << 20
 _HUGE_BYTES = 2 << 20
@@ -25,7 +25,7 @@ SPOT_BYTES = 2 << 20
 _SPOTS = 1024
 
 
-def _aligned(size_bytes: int, *, huge: bool) -> npt.NDArray[Any]:
+def aligned(size_bytes: int, *, huge: bool) -> npt.NDArray[Any]:
     """Random bytes in memory that direct I/O can use, in huge pages if the kernel has any."""
     whole = -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES
     memory = mmap.mmap(-1, whole + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -70,7 +70,7 @@ def device_rate(
     offsets = numbers.astype(np.int64) * piece_bytes
     fd = os.open(plan.area, (os.O_RDWR if writing else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC)
     try:
-        memory = _aligned(piece_bytes * threads, huge=huge)
+        memory = aligned(piece_bytes * threads, huge=huge)
         address = memory.ctypes.data
         workers = [
             threading.Thread(
