@@ -22,25 +22,19 @@ cdef inline int store_allocate(pool_t *pool, page_id page, uint32_t pages) noexc
     return file_allocate(pool.store_fd, page << pool.page_shift, <uint64_t>pages << pool.page_shift)
 
 
-cdef inline bint run_copied(pool_t *pool, page_id page, iovec *pieces, int count) noexcept nogil:
+cdef inline bint run_copied(pool_t *pool, page_id page, iovec *piece) noexcept nogil:
     """Memory for a long run of pages and their bytes, without the file's lock, which all writes and punches share.
 
     The pages are mapped in the alias by that, and are unmapped again, all at once: a punch would do so one by one.
     False: the run is short, or could not be copied.
     """
     cdef uint8_t *begin = pool.store + (page << pool.page_shift)
-    cdef uint64_t bytes = 0, done = 0
-    cdef int k
-    for k in range(count):
-        bytes += pieces[k].iov_len
-    if pool.store_uffd < 0 or bytes < <uint64_t>COPY_RUN << pool.page_shift:
+    cdef int rc
+    if pool.store_uffd < 0 or piece.iov_len < <uint64_t>COPY_RUN << pool.page_shift:
         return False
-    for k in range(count):
-        if uffd_copy(pool.store_uffd, <uint64_t>begin + done, pieces[k].iov_base, pieces[k].iov_len) != 0:
-            break
-        done += pieces[k].iov_len
-    mapping_forget(begin, bytes)
-    return done == bytes
+    rc = uffd_copy(pool.store_uffd, <uint64_t>begin, piece.iov_base, piece.iov_len)
+    mapping_forget(begin, piece.iov_len)
+    return rc == 0
 
 
 cdef inline int store_write_from(pool_t *pool, page_id page, iovec *pieces, int count) noexcept nogil:
@@ -51,7 +45,8 @@ cdef inline int store_write_from(pool_t *pool, page_id page, iovec *pieces, int 
     cdef int rc = failpoint_visit(pool.header, FP_FALLOCATE)
     if rc != 0:
         return rc
-    if run_copied(pool, page, pieces, count):
+    # Of many pieces each would be a call of its own, and a write is one for all.
+    if count == 1 and run_copied(pool, page, pieces):
         return 0
     return file_transfer(True, pool.store_fd, pieces, count, page << pool.page_shift)
 
